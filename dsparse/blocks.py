@@ -1,0 +1,131 @@
+"""Blocks and stacks: a layer is residual(mixer) then residual(mlp); runs of equal layers are stacked and scanned.
+
+To add a kind of attention: write its module (see `attention.LatentAttention`: `__init__(scope, config)`,
+`init_cache`, `__call__(x, context, cache)`) and name it in `MIXERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dsparse.attention import LatentAttention
+from dsparse.cache import Arrays, CacheLayer
+from dsparse.config import LayerSpec, ModelConfig
+from dsparse.context import Context
+from dsparse.layers import GatedMLP, Linear, RMSNorm
+from dsparse.moe import MixtureOfExperts, Routing
+from dsparse.params import Scope, normal
+from dsparse.sharding import constrain
+
+MIXERS = {"full_attention": LatentAttention}
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Block(nnx.Module):
+    """One layer, its attributes named as Hugging Face names its tensors."""
+
+    def __init__(self, scope: Scope, config: ModelConfig, spec: LayerSpec):
+        self.input_layernorm = RMSNorm(scope["input_layernorm"], config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MIXERS[spec.mixer](scope["self_attn"], config)
+        self.post_attention_layernorm = RMSNorm(scope["post_attention_layernorm"], config.hidden_size, config.rms_norm_eps)
+        if spec.mlp == "dense":
+            self.mlp = GatedMLP(scope["mlp"], config, config.intermediate_size, bias=config.mlp_bias)
+        else:
+            self.mlp = MixtureOfExperts(scope["mlp"], config)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, cache: CacheLayer | None
+    ) -> tuple[Float[Array, "B T D"], CacheLayer | None, Routing | None]:
+        mixed, cache = self.self_attn(self.input_layernorm(x), context, cache)
+        x = constrain(x + mixed, "batch", None, None)
+        out, routing = self.mlp(self.post_attention_layernorm(x)), None
+        if isinstance(out, tuple):
+            out, routing = out
+        return constrain(x + out, "batch", None, None), cache, routing
+
+
+class MTPLayer(nnx.Module):
+    """Multi-token prediction module (DeepSeek-V3, section 2.2): one block on [norm(embedding), norm(hidden)] projected."""
+
+    def __init__(self, scope: Scope, config: ModelConfig, spec: LayerSpec):
+        d, init = config.hidden_size, normal(config.initializer_range)
+        self.enorm = RMSNorm(scope["enorm"], d, config.rms_norm_eps)
+        self.hnorm = RMSNorm(scope["hnorm"], d, config.rms_norm_eps)
+        self.eh_proj = Linear(scope["eh_proj"], 2 * d, d, ("embed", None), init)
+        self.block = Block(scope, config, spec)
+        self.norm = RMSNorm(scope["shared_head.norm"], d, config.rms_norm_eps)
+
+
+class Run(NamedTuple):
+    """`repeats` times the `pattern` consecutive layers that start at layer `start`."""
+
+    start: int
+    pattern: int
+    repeats: int
+
+
+MAX_PATTERN = 8
+
+
+def plan_runs(keys: Sequence[Hashable]) -> tuple[Run, ...]:
+    """Split layers into runs of a repeating pattern so that the fewest layers are traced.
+
+    keys: one per layer; layers with equal keys have equal structure. Depth then costs no compile time.
+    """
+    count = len(keys)
+    best: list[tuple[int, int, tuple[Run, ...]]] = [(0, 0, ())] * (count + 1)
+    for start in reversed(range(count)):
+        options = []
+        for pattern in range(1, min(MAX_PATTERN, count - start) + 1):
+            repeats = 1
+            while keys[start : start + pattern] == keys[start + repeats * pattern : start + (repeats + 1) * pattern]:
+                repeats += 1
+            for times in {1, repeats}:
+                traced, runs, rest = best[start + pattern * times]
+                options.append((traced + pattern, runs + 1, (Run(start, pattern, times), *rest)))
+        best[start] = min(options, key=lambda option: option[:2])
+    return best[0][2]
+
+
+class Stack(nnx.Module):
+    """One run of layers. Parameters and caches of the pattern's blocks carry a leading axis of `repeats`."""
+
+    def __init__(self, scopes: Sequence[Scope], config: ModelConfig, run: Run):
+        specs = config.layers[run.start : run.start + run.pattern]
+        self.blocks = nnx.List([Block(scope, config, spec) for scope, spec in zip(scopes, specs, strict=True)])
+        self.repeats = run.repeats
+
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, caches: list[Arrays] | None, remat: str
+    ) -> tuple[Float[Array, "B T D"], list[Arrays] | None, list[Routing | None]]:
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def step(carry, inputs):
+            x, caches = carry
+            state, layer = inputs
+            caches, routings = list(caches) if caches is not None else None, []
+            for position, block in enumerate(nnx.merge(graphdef, state)):
+                view = None if caches is None else CacheLayer(caches[position], layer)
+                x, view, routing = block(x, context, view)
+                if caches is not None:
+                    caches[position] = view.arrays
+                routings.append(routing)
+            return (x, caches), routings
+
+        if REMAT_POLICIES[remat] is not None:
+            step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        if self.repeats == 1:  # no scan: the leading axis of 1 costs nothing to index
+            (x, caches), routings = step((x, caches), (jax.tree.map(lambda a: a[0], stacked), 0))
+            return x, caches, jax.tree.map(lambda a: a[None], routings)
+        (x, caches), routings = jax.lax.scan(step, (x, caches), (stacked, jax.numpy.arange(self.repeats)))
+        return x, caches, routings

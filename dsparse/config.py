@@ -1,0 +1,203 @@
+"""Model configuration: one frozen dataclass for every family, in Hugging Face's field names.
+
+`ModelConfig.from_huggingface` accepts today's spelling and the published ones (`config_huggingface.py` translates
+them). Everything family-specific is decided here, once: the rest of the code reads `config.layers`, a tuple of
+`LayerSpec`, and never asks for the name of a family.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsparse.errors import DsparseError
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeParameters:
+    """Rotary embedding of one kind of layer (Hugging Face `rope_parameters`).
+
+    rope_type: "default", "linear" or "yarn" (Peng et al. 2023, arXiv:2309.00071).
+    """
+
+    rope_theta: float = 10000.0
+    rope_type: str = "default"
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    truncate: bool = True
+    partial_rotary_factor: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+    """What one layer is made of. Layers with equal specs can be stacked and scanned together.
+
+    mixer: a key of `dsparse.blocks.MIXERS` ("full_attention": dense MLA).
+    mlp: "dense", or "sparse" for a mixture of experts.
+    """
+
+    mixer: str
+    mlp: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a model. Field names and meanings are Hugging Face's.
+
+    `huggingface` keeps the config.json this came from, so that an export writes back every entry, understood or not.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rope_parameters: RopeParameters = RopeParameters()
+    rope_interleave: bool = True
+    max_position_embeddings: int = 4096
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    layer_types: tuple[str, ...] = ()
+    mlp_layer_types: tuple[str, ...] = ()
+    # Mixture of experts (n_routed_experts 0: none)
+    n_routed_experts: int = 0
+    n_shared_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    scoring_func: str = "sigmoid"
+    topk_method: str = "noaux_tc"
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    # Multi-token prediction
+    num_nextn_predict_layers: int = 0
+    # Tokens and storage
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    dtype: str = "bfloat16"
+    huggingface: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self):
+        validate(self)
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """Specs of the main model's layers, first to last."""
+        return tuple(LayerSpec(*kinds) for kinds in zip(self.layer_types, self.mlp_layer_types, strict=True))
+
+    @property
+    def mtp_layers(self) -> tuple[LayerSpec, ...]:
+        """Specs of the multi-token prediction layers: each is built like the last layer of the main model."""
+        return (self.layers[-1],) * self.num_nextn_predict_layers
+
+    @classmethod
+    def from_huggingface(cls, source: Mapping[str, Any] | str | Path) -> ModelConfig:
+        """Read a Hugging Face config: the parsed dict, a config.json, or the folder that holds one.
+
+        Raises:
+            DsparseError: the file is missing or not JSON, the model_type is unknown, or fields contradict each other.
+        """
+        from dsparse.config_huggingface import model_config_fields
+
+        if not isinstance(source, Mapping):
+            source = read_config_file(Path(source))
+        return cls(**model_config_fields(source), huggingface=dict(source))
+
+    @classmethod
+    def tiny(cls, family: str = "deepseek_v3", **overrides: Any) -> ModelConfig:
+        """A config of a few hundred thousand parameters for tests and experiments, in Hugging Face spelling."""
+        from dsparse.config_huggingface import tiny_config
+
+        return cls.from_huggingface(tiny_config(family) | overrides)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Parse `path` (a config.json or the folder that holds one)."""
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise DsparseError(f"{file}: not found; expected a model folder with a config.json")
+    try:
+        parsed = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DsparseError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(parsed, dict):
+        raise DsparseError(f"{file}: expected a JSON object, found {type(parsed).__name__}")
+    return parsed
+
+
+_POSITIVE = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank",
+    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings",
+)  # fmt: skip
+
+
+def validate(config: ModelConfig) -> None:
+    """Raise DsparseError naming the first field that contradicts another."""
+    for name in _POSITIVE:
+        value = getattr(config, name)
+        if not isinstance(value, int) or value <= 0:
+            raise DsparseError(f"config field {name} must be a positive integer, found {value!r}")
+    if config.hidden_act != "silu":
+        raise DsparseError(f"config field hidden_act: only 'silu' is supported, found {config.hidden_act!r}")
+    if config.qk_rope_head_dim % 2:
+        raise DsparseError(f"config field qk_rope_head_dim must be even, found {config.qk_rope_head_dim}")
+    for name in ("layer_types", "mlp_layer_types"):
+        count = len(getattr(config, name))
+        if count != config.num_hidden_layers:
+            raise DsparseError(f"config field {name} lists {count} layers, num_hidden_layers is {config.num_hidden_layers}")
+    if any(kind != "dense" for kind in config.mlp_layer_types):
+        _validate_experts(config)
+    rope = config.rope_parameters
+    if rope.rope_type not in ("default", "linear", "yarn"):
+        raise DsparseError(f"config field rope_parameters.rope_type {rope.rope_type!r} is not supported (default, linear, yarn)")
+    if rope.rope_type != "default" and not rope.factor:
+        raise DsparseError(f"config field rope_parameters.factor is required for rope_type {rope.rope_type!r}")
+
+
+def _validate_experts(config: ModelConfig) -> None:
+    for name in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value <= 0:
+            raise DsparseError(f"config field {name} must be a positive integer in a mixture of experts, found {value!r}")
+    if config.n_routed_experts % config.n_group:
+        raise DsparseError(f"config field n_group ({config.n_group}) does not divide n_routed_experts ({config.n_routed_experts})")
+    if config.topk_group > config.n_group:
+        raise DsparseError(f"config field topk_group ({config.topk_group}) exceeds n_group ({config.n_group})")
+    eligible = config.n_routed_experts // config.n_group * config.topk_group
+    if config.num_experts_per_tok > eligible:
+        raise DsparseError(
+            f"config field num_experts_per_tok ({config.num_experts_per_tok}) exceeds the {eligible} experts that "
+            f"topk_group ({config.topk_group}) of n_group ({config.n_group}) groups leave"
+        )
+    if config.scoring_func not in ("softmax", "sigmoid"):
+        raise DsparseError(f"config field scoring_func {config.scoring_func!r} is not supported (softmax, sigmoid)")
+    if config.topk_method not in ("greedy", "group_limited_greedy", "noaux_tc"):
+        raise DsparseError(
+            f"config field topk_method {config.topk_method!r} is not supported (greedy, group_limited_greedy, noaux_tc)"
+        )
+    if config.topk_method == "noaux_tc" and config.n_group > 1 and config.n_routed_experts // config.n_group < 2:
+        raise DsparseError(f"config field n_group ({config.n_group}) leaves fewer than 2 experts a group, which noaux_tc scores by")

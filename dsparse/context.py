@@ -1,0 +1,27 @@
+"""What every layer of one forward pass may look at besides the hidden state."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Inputs shared by all layers.
+
+    tokens: ids, for routers that hash them.
+    positions: of each token in its own sequence, from 0; what rotary embedding sees.
+    slots: where a cached pass stores each token: its position, or -1 for padding, which is not stored.
+    segment_ids: tokens attend only within their segment (packing, left padding); None: one segment a row.
+    rope: cos and sin of the positions.
+    """
+
+    tokens: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    slots: Int[Array, "B T"] | None
+    segment_ids: Int[Array, "B T"] | None
+    rope: Float[Array, "2 B T half"]

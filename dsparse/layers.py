@@ -1,0 +1,140 @@
+"""The small parts every family shares: linear maps, norms, SwiGLU, rotary embedding.
+
+Weights keep Hugging Face's [out, in] layout: no transposes on the way in or out, and the contraction runs along the
+contiguous axis, as the 8-bit tensor cores need it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dsparse import ops
+from dsparse.config import ModelConfig, RopeParameters
+from dsparse.params import Scope, normal, ones, zeros
+
+
+class Linear(nnx.Module):
+    """y = x W^T (+ b), with W [out, in]; an 8-bit W is scaled inside the product."""
+
+    def __init__(self, scope: Scope, d_in: int, d_out: int, axes: tuple[str | None, str | None], init, bias: bool = False):
+        self.weight = scope.param("weight", (d_out, d_in), axes, init)
+        self.weight_scale_inv = scope.scale_inv("weight", (d_out, d_in), axes)
+        self.bias = scope.param("bias", (d_out,), axes[:1], zeros) if bias else None
+
+    def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
+        y = ops.linear(x, self.weight[...], None if self.weight_scale_inv is None else self.weight_scale_inv[...])
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+    def dense_weight(self, dtype) -> Float[Array, "d_out d_in"]:
+        """W in floating point, for algebra on the weight itself (MLA's absorbed path)."""
+        return ops.dequantize(self.weight[...], None if self.weight_scale_inv is None else self.weight_scale_inv[...], dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm, computed in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, scope: Scope, dim: int, eps: float):
+        self.weight = scope.param("weight", (dim,), (None,), ones)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * self.weight[...].astype(x.dtype)
+
+
+class GatedMLP(nnx.Module):
+    """SwiGLU: down(silu(gate x) * up x). Gate and up are one parameter [2, F, D] and one product."""
+
+    def __init__(self, scope: Scope, config: ModelConfig, intermediate_size: int, bias: bool = False):
+        d, f, init = config.hidden_size, intermediate_size, normal(config.initializer_range)
+        gate_up, down = ((2, f, d), (None, "mlp", "embed")), ((d, f), ("embed", "mlp"))
+        self.gate_up_proj = scope.param("gate_up_proj", *gate_up, init)
+        self.gate_up_proj_scale_inv = scope.scale_inv("gate_up_proj", *gate_up)
+        self.down_proj = Linear(scope["down_proj"], f, d, down[1], init, bias=bias)
+        self.gate_up_bias = scope.param("gate_up_bias", (2, f), (None, "mlp"), zeros) if bias else None
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        scale = None if self.gate_up_proj_scale_inv is None else self.gate_up_proj_scale_inv[...]
+        gate, up = (
+            ops.linear(x, self.gate_up_proj[...][i], None if scale is None else scale[i]) for i in range(2)
+        )
+        if self.gate_up_bias is not None:
+            bias = self.gate_up_bias[...].astype(x.dtype)
+            gate, up = gate + bias[0], up + bias[1]
+        return self.down_proj(jax.nn.silu(gate) * up)
+
+
+def rope_frequencies(rope: RopeParameters, dim: int) -> tuple[Float[Array, " half"], float]:
+    """Inverse frequencies [dim/2] in radians a position, and the factor on cos and sin.
+
+    YaRN (arXiv:2309.00071, section 3.2) interpolates the slow frequencies and keeps the fast ones.
+    """
+    exponent = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
+    fast = 1.0 / rope.rope_theta**exponent
+    if rope.rope_type == "default":
+        return fast, 1.0
+    slow = fast / rope.factor
+    if rope.rope_type == "linear":
+        return slow, 1.0
+    return _yarn_blend(rope, dim, fast, slow), _yarn_attention_factor(rope)
+
+
+def _yarn_blend(rope: RopeParameters, dim: int, fast: Array, slow: Array) -> Array:
+    def dimension_of(rotations: float) -> float:
+        length = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return dim * math.log(length) / (2 * math.log(rope.rope_theta))
+
+    low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = jnp.clip((jnp.arange(dim // 2, dtype=jnp.float32) - low) / max(high - low, 0.001), 0.0, 1.0)
+    return slow * ramp + fast * (1.0 - ramp)
+
+
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _yarn_attention_factor(rope: RopeParameters) -> float:
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)
+    return yarn_mscale(rope.factor)
+
+
+def softmax_scale(rope: RopeParameters, head_dim: int) -> float:
+    """1/sqrt(head_dim), times mscale_all_dim^2 where YaRN states it (DeepSeek-V2, section 3.1.4)."""
+    if rope.rope_type != "default" and rope.mscale_all_dim:
+        return head_dim**-0.5 * yarn_mscale(rope.factor, rope.mscale_all_dim) ** 2
+    return head_dim**-0.5
+
+
+def rope_cos_sin(rope: RopeParameters, dim: int, positions: Int[Array, "B T"]) -> Float[Array, "2 B T half"]:
+    """cos and sin of every position's angles, float32, stacked."""
+    frequencies, factor = rope_frequencies(rope, dim)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.stack([jnp.cos(angles), jnp.sin(angles)]) * factor
+
+
+def apply_rope(
+    x: Float[Array, "B T *heads dim"], cos_sin: Float[Array, "2 B T half"], interleave: bool
+) -> Float[Array, "B T *heads dim"]:
+    """Rotate pairs of `x`: neighbours (2i, 2i+1) if `interleave`, else (i, i + dim/2)."""
+    cos, sin = cos_sin.reshape(*cos_sin.shape[:3], *(1,) * (x.ndim - 3), cos_sin.shape[-1])
+    wide = x.astype(jnp.float32)
+    if interleave:
+        pairs = wide.reshape(*x.shape[:-1], -1, 2)
+        a, b = pairs[..., 0], pairs[..., 1]
+        rotated = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
+    else:
+        a, b = jnp.split(wide, 2, axis=-1)
+        rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return rotated.astype(x.dtype)

@@ -1,0 +1,184 @@
+"""The model: embedding, stacks of blocks, final norm, head. One class, composed by config."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from dsparse import ops
+from dsparse.blocks import MIXERS, MTPLayer, Run, Stack, plan_runs
+from dsparse.cache import Arrays
+from dsparse.config import ModelConfig
+from dsparse.context import Context
+from dsparse.errors import DsparseError
+from dsparse.layers import Linear, RMSNorm, rope_cos_sin
+from dsparse.moe import Routing
+from dsparse.params import Scope, normal
+from dsparse.sharding import constrain, use_mesh
+
+Storage = Mapping[str, jnp.dtype]  # path inside a layer (or of a top-level tensor) -> stored dtype
+Cache = list[list[Arrays]]  # by stack, by position in its pattern
+
+
+class Embedding(nnx.Module):
+    def __init__(self, scope: Scope, config: ModelConfig):
+        shape = (config.vocab_size, config.hidden_size)
+        self.weight = scope.param("weight", shape, ("vocab", "embed"), normal(config.initializer_range))
+
+
+class Model(nnx.Module):
+    """A DeepSeek-family causal language model.
+
+    dtype: of activations; weights are cast to it where they are used, so they may be stored in any other.
+    mesh: devices the model is sharded over, or None.
+    remat: what the backward pass keeps of each layer: "none" (everything), "dots" or "full" (nothing).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype | None = None,
+        storage: Sequence[Storage] | None = None,
+        mesh: Mesh | None = None,
+        unrolled: bool = False,
+    ):
+        """storage: stored dtypes for each layer (multi-token prediction layers last), then of the top-level tensors.
+
+        unrolled: give each layer a stack of its own, for decoding on a CPU, where slicing a stack copies the weights.
+        """
+        storage = storage or [{}] * (config.num_hidden_layers + config.num_nextn_predict_layers + 1)
+        top = Scope(rngs, jnp.dtype(param_dtype or dtype), storage=storage[-1])
+        self.embed_tokens = Embedding(top["embed_tokens"], config)
+        self.runs = layer_runs(config, storage, unrolled)
+        self.stacks = nnx.List([Stack(_scopes(top, storage, run), config, run) for run in self.runs])
+        self.norm = RMSNorm(top["norm"], config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else _head(top["lm_head"], config)
+        self.mtp = nnx.List(
+            MTPLayer(Scope(rngs, top.dtype, storage=storage[config.num_hidden_layers + i]), config, spec)
+            for i, spec in enumerate(config.mtp_layers)
+        )
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.mesh = mesh
+        self.remat = "none"
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits of the next token, float32.
+
+        positions: of each token in its sequence; by default counted from 0 in every segment.
+        segment_ids: tokens attend only within their segment: packed sequences, or 0 for left padding and 1 after it.
+
+        Raises:
+            DsparseError: a token id is outside the vocabulary.
+        """
+        if not isinstance(tokens, jax.core.Tracer):
+            tokens = check_tokens(tokens, self.config.vocab_size)
+        graphdef, state = nnx.split(self)
+        return _forward(graphdef, state, tokens, positions, segment_ids)
+
+    def hidden_states(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        slots: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None, list[Routing]]:
+        """The last layer's output before the final norm; the cache with these tokens; the routing of each MoE block.
+
+        With a cache, `positions` are required, and `slots` says where each token is stored (default: its position).
+        Each `Routing` is stacked over the layers of its scanned run.
+        """
+        if positions is None:
+            positions = default_positions(tokens, segment_ids)
+        with use_mesh(self.mesh):
+            tokens = constrain(tokens, "batch", None)
+            rope = rope_cos_sin(self.config.rope_parameters, self.config.qk_rope_head_dim, positions)
+            context = Context(tokens, positions, positions if slots is None else slots, segment_ids, rope)
+            x = constrain(self.embed_tokens.weight[...][tokens].astype(self.dtype), "batch", None, None)
+            new_cache, routings = [], []
+            for index, stack in enumerate(self.stacks):
+                x, caches, routed = stack(x, context, None if cache is None else cache[index], self.remat)
+                new_cache.append(caches)
+                routings.extend(r for r in routed if r is not None)
+        return x, None if cache is None else new_cache, routings
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Final norm and head, float32."""
+        hidden = self.norm(hidden)
+        if self.lm_head is None:
+            return ops.linear(hidden, self.embed_tokens.weight[...], out_dtype=jnp.float32)
+        scale = self.lm_head.weight_scale_inv
+        return ops.linear(hidden, self.lm_head.weight[...], None if scale is None else scale[...], out_dtype=jnp.float32)
+
+    def init_cache(self, batch: int, slots: int) -> Cache:
+        """An empty cache for `batch` rows of up to `slots` tokens, sharded as the mesh asks."""
+        with use_mesh(self.mesh):
+            cache = []
+            for run in self.runs:
+                specs = self.config.layers[run.start : run.start + run.pattern]
+                arrays = [MIXERS[s.mixer].init_cache(self.config, run.repeats, batch, slots, self.dtype) for s in specs]
+                cache.append([{k: constrain(a, "layers", "batch", *(None,) * (a.ndim - 2)) for k, a in d.items()} for d in arrays])
+        return cache
+
+
+def _head(scope: Scope, config: ModelConfig) -> Linear:
+    init = normal(config.initializer_range)
+    return Linear(scope, config.hidden_size, config.vocab_size, ("vocab", "embed"), init)
+
+
+def layer_runs(config: ModelConfig, storage: Sequence[Storage], unrolled: bool = False) -> tuple[Run, ...]:
+    """How the layers are stacked: layers of equal spec and equal stored dtypes together."""
+    if unrolled:
+        return tuple(Run(i, 1, 1) for i in range(config.num_hidden_layers))
+    stored = [tuple(sorted((path, str(dtype)) for path, dtype in layer.items())) for layer in storage]
+    return plan_runs(list(zip(config.layers, stored, strict=False)))
+
+
+def _scopes(top: Scope, storage: Sequence[Storage], run: Run) -> list[Scope]:
+    return [
+        Scope(top.rngs, top.dtype, stack=run.repeats, storage=storage[run.start + position]) for position in range(run.pattern)
+    ]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(graphdef, state, tokens, positions, segment_ids):
+    model = nnx.merge(graphdef, state)
+    hidden, _, _ = model.hidden_states(tokens, positions, segment_ids)
+    return model.logits(hidden)
+
+
+def default_positions(tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"]:
+    """0, 1, 2, ... along each row, starting again where the segment changes."""
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    if segment_ids is None:
+        return index
+    changed = jnp.concatenate([jnp.zeros_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    return index - jax.lax.cummax(jnp.where(changed, index, 0), axis=1)
+
+
+def check_tokens(tokens, vocab_size: int) -> Int[np.ndarray, "B T"]:
+    """`tokens` as an int32 array [B, T] with every id inside the vocabulary."""
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        raise DsparseError(f"tokens must be integers of shape [batch, time], found {tokens.dtype} {list(tokens.shape)}")
+    if tokens.size and not 0 <= (low := tokens.min()) <= (high := tokens.max()) < vocab_size:
+        bad = low if low < 0 else high
+        row, column = np.argwhere(tokens == bad)[0]
+        raise DsparseError(f"token id {bad} at row {row}, position {column} is outside the vocabulary of {vocab_size}")
+    return tokens.astype(np.int32)

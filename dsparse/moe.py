@@ -1,0 +1,176 @@
+"""Dropless mixture of experts: routers, sorted-token dispatch, shared experts (DeepSeekMoE, arXiv:2401.06066)."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from dsparse import ops, sharding
+from dsparse.config import ModelConfig
+from dsparse.grouped import permute
+from dsparse.layers import GatedMLP
+from dsparse.params import Buffer, Scope, normal, zeros
+
+
+class Routing(NamedTuple):
+    """Which experts each token goes to.
+
+    weights: of the chosen experts. experts: their numbers. load: tokens each expert received, summed over the batch.
+    balance_loss: sequence-wise balance loss (DeepSeek-V3, equations 17-20), not yet scaled by its coefficient.
+    """
+
+    weights: Float[Array, "B T K"]
+    experts: Int[Array, "B T K"]
+    load: Float[Array, " E"]
+    balance_loss: Float[Array, ""]
+
+
+class Router(nnx.Module):
+    """Scores every expert and picks num_experts_per_tok of them. Computed in float32 whatever the model's dtype.
+
+    - softmax, "greedy" and "group_limited_greedy" (V2): a group's score is its maximum.
+    - sigmoid, "noaux_tc" (V3): experts are *chosen* by score + e_score_correction_bias, the group's score being the sum
+      of its two best, but *weighed* by the score alone (auxiliary-loss-free balancing, arXiv:2408.15664).
+    """
+
+    def __init__(self, scope: Scope, config: ModelConfig):
+        experts = config.n_routed_experts
+        self.weight = scope.param("weight", (experts, config.hidden_size), (None, "embed"), normal(config.initializer_range))
+        if config.topk_method == "noaux_tc":
+            self.e_score_correction_bias = scope.param(
+                "e_score_correction_bias", (experts,), (None,), zeros, minimum=jnp.float32, kind=Buffer
+            )
+        self.config = config
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Routing:
+        c = self.config
+        logits = ops.linear(x.astype(jnp.float32), self.weight[...].astype(jnp.float32))
+        scores = jax.nn.softmax(logits, axis=-1) if c.scoring_func == "softmax" else jax.nn.sigmoid(logits)
+        choice = jax.lax.stop_gradient(self._eligible(scores))
+        _, experts = jax.lax.top_k(choice, c.num_experts_per_tok)
+        weights = jnp.take_along_axis(scores, experts, axis=-1)
+        if c.norm_topk_prob and c.scoring_func != "softmax":  # the published V2 models leave it off, transformers ignores it
+            weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+        chosen = jax.nn.one_hot(experts, c.n_routed_experts).sum(axis=2)
+        return Routing(weights * c.routed_scaling_factor, experts, chosen.sum(axis=(0, 1)), self._balance(scores, chosen))
+
+    def _eligible(self, scores: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """Scores to choose by: bias added, experts outside the best topk_group groups ruled out."""
+        c = self.config
+        if c.topk_method == "noaux_tc":
+            scores = scores + self.e_score_correction_bias[...].astype(jnp.float32)
+        if c.topk_method == "greedy" or c.n_group == 1:
+            return scores
+        groups = scores.reshape(*scores.shape[:-1], c.n_group, -1)
+        best = 2 if c.topk_method == "noaux_tc" else 1
+        group_scores = jax.lax.top_k(groups, best)[0].sum(axis=-1)
+        _, kept = jax.lax.top_k(group_scores, c.topk_group)
+        keep = jax.nn.one_hot(kept, c.n_group, dtype=bool).any(axis=-2)
+        return jnp.where(keep[..., None], groups, -jnp.inf).reshape(scores.shape)
+
+    def _balance(self, scores: Float[Array, "B T E"], chosen: Float[Array, "B T E"]) -> Float[Array, ""]:
+        c = self.config
+        share = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
+        frequency = chosen.mean(axis=1) * c.n_routed_experts / c.num_experts_per_tok
+        return jnp.mean(jnp.sum(jax.lax.stop_gradient(frequency) * share.mean(axis=1), axis=-1))
+
+
+class Experts(nnx.Module):
+    """The routed experts' weights, stacked: gate and up [E, 2, F, D], down [E, D, F]."""
+
+    def __init__(self, scope: Scope, config: ModelConfig):
+        e, d, f = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        init = normal(config.initializer_range)
+        gate_up, down = ((e, 2, f, d), ("experts", None, "mlp", "embed")), ((e, d, f), ("experts", "embed", "mlp"))
+        self.gate_up_proj = scope.param("gate_up_proj", *gate_up, init)
+        self.gate_up_proj_scale_inv = scope.scale_inv("gate_up_proj", *gate_up)
+        self.down_proj = scope.param("down_proj", *down, init)
+        self.down_proj_scale_inv = scope.scale_inv("down_proj", *down)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], weights: Float[Array, "B T K"], experts: Int[Array, "B T K"]
+    ) -> Float[Array, "B T D"]:
+        params = {
+            "gate_up": self.gate_up_proj[...],
+            "down": self.down_proj[...],
+            "gate_up_scale_inv": None if self.gate_up_proj_scale_inv is None else self.gate_up_proj_scale_inv[...],
+            "down_scale_inv": None if self.down_proj_scale_inv is None else self.down_proj_scale_inv[...],
+        }
+        mesh = sharding.current_mesh()
+        if mesh is None:
+            return local_experts(x, weights, experts, params, first=0)
+        return _sharded_experts(mesh, x, weights, experts, params)
+
+
+def local_experts(x: Array, weights: Array, experts: Array, params: dict[str, Array], first: Array | int) -> Float[Array, "B T D"]:
+    """Sum over the chosen experts that are here, numbered from `first`; experts elsewhere add nothing.
+
+    Every (token, choice) pair is a row; rows are sorted by expert, multiplied, and gathered back: exact, no capacity.
+    """
+    (batch, time, width), chosen, here = x.shape, experts.shape[-1], params["gate_up"].shape[0]
+    local = experts.reshape(-1) - first
+    local = jnp.where((local >= 0) & (local < here), local, here)  # elsewhere: sorted to the end
+    order = jnp.argsort(local, stable=True)
+    place = jnp.argsort(order, stable=True)
+    sizes = jnp.bincount(local, length=here + 1)[:here]
+    rows = permute(jnp.repeat(x.reshape(-1, width), chosen, axis=0), order, place)
+    out = ops.grouped_mlp(
+        rows, params["gate_up"], params["down"], sizes,
+        gate_up_scale_inv=params["gate_up_scale_inv"], down_scale_inv=params["down_scale_inv"],
+    )  # fmt: skip
+    out = permute(out, place, order).reshape(batch, time, chosen, width)
+    return jnp.einsum("BTKD,BTK->BTD", out, weights.astype(out.dtype))
+
+
+def _sharded_experts(mesh, x: Array, weights: Array, experts: Array, params: dict[str, Array]) -> Float[Array, "B T D"]:
+    """Expert parallelism: every device computes its own experts on the tokens of its expert group.
+
+    Tokens are gathered over the mesh axis "expert" where the batch is split over it, and the partial sums scattered
+    back; the intermediate dimension may be split over "tensor". No token is dropped.
+    """
+    axes = {"gate_up": ("experts", None, "mlp", None), "down": ("experts", None, "mlp")}
+    axes |= {f"{name}_scale_inv": axis for name, axis in axes.items()}
+    specs = {n: None if p is None else sharding.partition_spec(axes[n], p.shape, mesh) for n, p in params.items()}
+    for name in ("gate_up", "down"):  # blocks of 128 need not divide as the weight does: keep scales whole then
+        if params[f"{name}_scale_inv"] is not None and specs[f"{name}_scale_inv"] != specs[name]:
+            specs[name] = specs[f"{name}_scale_inv"]
+    batch = sharding.partition_spec(("batch", None, None), x.shape, mesh)
+    split_experts = specs["gate_up"][0] == "expert"
+    batch_axes = batch[0] if isinstance(batch[0], tuple) else (batch[0],)
+    gather = split_experts and "expert" in batch_axes
+    reduce_over = tuple(a for a in ("expert" if split_experts and not gather else None, specs["gate_up"][2]) if a)
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(batch, batch, batch, specs), out_specs=batch, check_vma=False
+    )
+    def run(x, weights, experts, params):
+        first = jax.lax.axis_index("expert") * params["gate_up"].shape[0] if split_experts else 0
+        if gather:
+            x, weights, experts = (jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, weights, experts))
+        out = local_experts(x, weights, experts, params, first)
+        if reduce_over:
+            out = jax.lax.psum(out, reduce_over)
+        return jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True) if gather else out
+
+    return run(x, weights, experts, params)
+
+
+class MixtureOfExperts(nnx.Module):
+    """Routed experts plus the shared experts every token passes through."""
+
+    def __init__(self, scope: Scope, config: ModelConfig):
+        self.gate = Router(scope["gate"], config)
+        self.experts = Experts(scope["experts"], config)
+        width = config.moe_intermediate_size * config.n_shared_experts
+        self.shared_experts = GatedMLP(scope["shared_experts"], config, width) if width else None
+
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Routing]:
+        routing = self.gate(x)
+        out = self.experts(x, routing.weights.astype(jnp.float32), routing.experts)
+        return out if self.shared_experts is None else out + self.shared_experts(x), routing

@@ -1,0 +1,86 @@
+"""Plain jax.numpy references of the ops in `dsparse.ops`, written to be read.
+
+The models run these where no kernel serves; the tests hold every kernel against them.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+NEG_INF = -1e30  # finite, so that a row without any key stays free of NaN
+
+
+def masked_softmax(logits: Float[Array, "*batch S"], keep: Array) -> Float[Array, "*batch S"]:
+    """float32 softmax over the kept entries; rows that keep nothing are all zero."""
+    logits = jnp.where(keep, logits.astype(jnp.float32), NEG_INF)
+    weights = jnp.where(keep, jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), 0.0)
+    return weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-30)
+
+
+def causal_attention(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S N H"], v: Float[Array, "B S N V"], keep: Array, scale: float
+) -> Float[Array, "B T N V"]:
+    """Softmax attention under a mask `keep` [B|1, T, S]."""
+    logits = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32) * scale
+    weights = masked_softmax(logits, keep[:, None])
+    return jnp.einsum("BNTS,BSNV->BTNV", weights.astype(v.dtype), v)
+
+
+def latent_attention(
+    q: Float[Array, "B T N C"], latent: Float[Array, "B S C"], keep: Array, *, v_head_dim: int, scale: float
+) -> Float[Array, "B T N V"]:
+    """Attention of many heads over one shared key-value row per token, whose first `v_head_dim` columns are the values."""
+    logits = jnp.einsum("BTNC,BSC->BTNS", q, latent, preferred_element_type=jnp.float32) * scale
+    weights = masked_softmax(logits, keep[:, :, None])
+    return jnp.einsum("BTNS,BSV->BTNV", weights.astype(latent.dtype), latent[..., :v_head_dim])
+
+
+def sparse_attention(
+    q: Float[Array, "B T N H"],
+    kv: Float[Array, "B S H"],
+    indices: Int[Array, "B T K"],
+    *,
+    v_head_dim: int,
+    scale: float,
+    sinks: Float[Array, " N"] | None = None,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """Attention of each query over the rows of `kv` that its indices name (-1: nothing); see `ops.sparse_attention`."""
+    valid = indices >= 0
+    rows = jax.vmap(lambda table, index: table[index])(kv, jnp.maximum(indices, 0))
+    logits = jnp.einsum("BTNH,BTKH->BTNK", q, rows, preferred_element_type=jnp.float32) * scale
+    logits = jnp.where(valid[:, :, None], logits, -jnp.inf)
+    if sinks is not None:
+        sink = jnp.broadcast_to(sinks.astype(jnp.float32)[:, None], (*logits.shape[:3], 1))
+        logits = jnp.concatenate([logits, sink], axis=-1)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    weights = jnp.exp(logits - jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None])[..., : indices.shape[-1]]
+    return jnp.einsum("BTNK,BTKV->BTNV", weights.astype(kv.dtype), rows[..., :v_head_dim]), lse
+
+
+def indexer_logits(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S H"], weights: Float[Array, "B T N"]
+) -> Float[Array, "B T S"]:
+    """Lightning indexer scores: sum over heads of weight * relu(q . k), float32 (DeepSeek-V3.2, equation 1)."""
+    scores = jnp.einsum("BTNH,BSH->BTNS", q, k, preferred_element_type=jnp.float32)
+    return jnp.einsum("BTN,BTNS->BTS", weights.astype(jnp.float32), jax.nn.relu(scores))
+
+
+def topk(scores: Float[Array, "R S"], k: int, lengths: Int[Array, " R"] | None = None) -> Int[Array, "R k"]:
+    """Positions of the k largest among each row's first `lengths` entries; ties go to the lowest position, -1 fills."""
+    if lengths is not None:
+        scores = jnp.where(jnp.arange(scores.shape[-1]) < lengths[:, None], scores, -jnp.inf)
+    values, positions = jax.lax.top_k(scores + 0.0, k)  # + 0.0: top_k orders -0.0 below 0.0
+    return jnp.where(values > -jnp.inf, positions, -1)
+
+
+def grouped_matmul(
+    x: Float[Array, "M D"], weights: Float[Array, "E F D"], group_sizes: Int[Array, " E"]
+) -> Float[Array, "M F"]:
+    """Each row times its group's matrix; rows past the last group give 0. One dense product a group: for tests."""
+    ends = jnp.cumsum(group_sizes)
+    rows = jnp.arange(x.shape[0])[:, None]
+    products = jnp.einsum("MD,EFD->EMF", x, weights)
+    inside = (rows[None] < ends[:, None, None]) & (rows[None] >= (ends - group_sizes)[:, None, None])
+    return jnp.sum(jnp.where(inside, products, 0), axis=0)

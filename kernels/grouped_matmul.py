@@ -1,0 +1,301 @@
+"""Grouped matmul for mixtures of experts on Hopper: rows sorted by group, one weight matrix a group.
+
+Three products, all in bfloat16 with float32 accumulation:
+
+- forward, `x[rows of e] @ weights[e].T`, optionally with gate, up and SwiGLU fused;
+- dgrad, `dy[rows of e] @ weights[e]`;
+- wgrad, `dy[rows of e].T @ x[rows of e]`, in `grouped_matmul_wgrad.py`.
+
+Forward and dgrad compute the *transposed* output tile: weights are wgmma's left operand (64 output columns an
+instruction) and rows its right operand, whose size goes in steps of 8. So a group of 270 rows costs little more than
+270 rows, where row tiles of 128 would cost 384. Rows of a group are spread evenly over its tiles, and all tiles of a
+group run side by side, so that a weight is read from device memory once.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf
+from jaxtyping import Array, BFloat16, Int
+
+from dsparse.kernels import mosaic
+
+SM_COUNT = 132
+TILE_K = 64  # 128 bytes of bfloat16: one swizzle row
+ROW_ALIGNMENT = 8  # TMA addresses a tile by whole swizzle atoms of 8 rows
+ROW_STEP = 16  # tiles are compiled for every multiple of this many rows
+STAGED_ROWS = 64  # rows of the output that pass through shared memory at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Output columns (over both consumer warpgroups) and most rows of a tile; stages of the load pipeline."""
+
+    columns: int
+    rows: int
+    stages: int
+
+
+WIDE = Tiling(columns=256, rows=144, stages=4)
+NARROW = Tiling(columns=128, rows=256, stages=4)
+
+
+def row_tiles(group_sizes: Int[Array, " E"], rows: int, tile_rows: int) -> tuple[Int[Array, "tiles 4"], Int[Array, " 1"]]:
+    """Splits rows into tiles of at most `tile_rows` within one group each.
+
+    Returns int32[tiles, 4] of (group, first row loaded, first row, end row) and int32[1], how many of the tiles are
+    used. Rows past the last group come as tiles of group E. The first row loaded is a multiple of ROW_ALIGNMENT, and
+    moved down where a whole tile would reach past the last row.
+    """
+    groups = group_sizes.shape[0]
+    sizes = jnp.append(group_sizes, rows - group_sizes.sum()).astype(jnp.int32)
+    ends = jnp.cumsum(sizes)
+    starts = ends - sizes
+    aligned = starts // ROW_ALIGNMENT * ROW_ALIGNMENT
+    counts = jnp.where(sizes > 0, -((aligned - ends) // tile_rows), 0)
+    heights = -((aligned - ends) // (jnp.maximum(counts, 1) * ROW_STEP)) * ROW_STEP
+    tile_ends = jnp.cumsum(counts)
+    most = groups + 1 + (rows + groups * (ROW_ALIGNMENT - 1)) // tile_rows
+    tile = jnp.arange(most, dtype=jnp.int32)
+    group = jnp.minimum((tile_ends[None, :] <= tile[:, None]).sum(axis=1, dtype=jnp.int32), groups)
+    first = aligned[group] + (tile - (tile_ends - counts)[group]) * heights[group]
+    end = jnp.minimum(first + heights[group], ends[group])
+    base = jnp.clip(first, 0, rows - tile_rows)
+    return jnp.stack([group, base, jnp.maximum(first, starts[group]), end], axis=1), tile_ends[-1:]
+
+
+def _store_rows(staged, out, first, end, columns: int, row_stride: int, interpret: bool) -> None:
+    """out[r] = staged[r] for first <= r < end, of a swizzled tile in shared memory [rows, 64] in bfloat16.
+
+    TMA stores whole boxes only, so each thread copies its 16 bytes under a predicate.
+    """
+    if interpret:
+
+        def row(r, _):
+            @pl.when((r >= first) & (r < end))
+            def _():
+                out[r] = staged[r]
+
+            return ()
+
+        lax.fori_loop(0, staged.shape[0], row, ())
+        return
+    rows = staged.shape[0]
+    splat = plgpu.Layout.WG_SPLAT(())
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(mosaic.swizzled(staged.dtype)), plgpu.RefType(), splat, splat)
+    )
+    def copy(ctx, staged, out, first, end):
+        del ctx
+        i32, i64, i8 = (ir.IntegerType.get_signless(bits) for bits in (32, 64, 8))
+        chunk_type = ir.VectorType.get((4,), i32)
+
+        def const(value, dtype=i32):
+            return arith.constant(dtype, ir.IntegerAttr.get(dtype, value))
+
+        first, end = first.registers.item(), end.registers.item()
+        mgpu_utils.warpgroup_barrier()
+        source = mgpu_utils.memref_ptr(staged)
+        target = llvm.addrspacecast(llvm.PointerType.get(address_space=1), mgpu_utils.memref_ptr(out))
+        thread = arith.remui(mgpu_utils.thread_idx(), const(128))
+        chunk = arith.remui(thread, const(8))
+        for i in range(mosaic.cdiv(rows, 16)):
+            row = arith.addi(arith.divui(thread, const(8)), const(16 * i))
+            inside = arith.andi(
+                arith.cmpi(arith.CmpIPredicate.sge, row, first), arith.cmpi(arith.CmpIPredicate.slt, row, end)
+            )
+            branch = scf.IfOp(inside)
+            with ir.InsertionPoint(branch.then_block):
+                swizzle = arith.muli(arith.xori(chunk, arith.remui(row, const(8))), const(16))
+                offset = arith.addi(arith.muli(row, const(128)), swizzle)
+                value = llvm.load(chunk_type, mgpu_utils.getelementptr(source, [offset], i8))
+                offset = arith.addi(
+                    arith.muli(arith.extui(i64, row), const(row_stride * 2, i64)),
+                    arith.extui(i64, arith.muli(chunk, const(16))),
+                )
+                llvm.store(value, mgpu_utils.getelementptr(target, [offset], i8))
+                scf.yield_([])
+        mgpu_utils.warpgroup_barrier()
+
+    copy(staged, out, first, end)
+
+
+def _tiles_kernel(
+    x: BFloat16[Array, "M K"],
+    weights: BFloat16[Array, "E ..."],
+    group_sizes: Int[Array, " E"],
+    *,
+    out_columns: int,
+    transposed: bool,
+    swiglu: bool,
+    tiling: Tiling,
+    interpret: bool,
+) -> BFloat16[Array, "M out_columns"]:
+    """The persistent kernel. `weights[e]` is [out_columns, K]; transposed: [K, out_columns]; swiglu: [2, out_columns, K].
+
+    Warpgroup 2 loads; 0 and 1 multiply, each half of the tile's columns.
+    """
+    rows, depth = x.shape
+    groups = weights.shape[0]
+    steps = depth // TILE_K
+    loaded_columns = tiling.columns * (2 if swiglu else 1)
+    wg_columns = loaded_columns // 2
+    column_tiles = mosaic.cdiv(out_columns, tiling.columns)
+    widths = range(ROW_STEP, tiling.rows + 1, ROW_STEP)
+    stages = tiling.stages
+    layout = mosaic.swizzled(x.dtype)
+
+    def kernel(tiles_g, count_g, x_g, w_g, o_g, x_s, w_s, o_s, full, empty):
+        sm, wg = lax.axis_index("sm"), lax.axis_index("wg")
+        trips = lax.div(count_g[0] * column_tiles - sm + SM_COUNT - 1, SM_COUNT)
+
+        def locate(i):
+            index = sm + i * SM_COUNT
+            tile = lax.div(index, column_tiles)
+            wanted = lax.rem(index, column_tiles) * tiling.columns
+            return tile, wanted, pl.multiple_of(jnp.minimum(wanted, out_columns - tiling.columns), 64)
+
+        def load(i, step):
+            tile, _, column = locate(i)
+            group, base = tiles_g[tile, 0], pl.multiple_of(tiles_g[tile, 1], ROW_ALIGNMENT)
+
+            def fetch(k, _):
+                slot = lax.rem(step + k, stages)
+                depth_slice = pl.ds(k * TILE_K, TILE_K)
+
+                @pl.when(step + k >= stages)
+                def _():
+                    plgpu.barrier_wait(empty.at[slot])
+
+                plgpu.copy_gmem_to_smem(x_g.at[pl.ds(base, tiling.rows), depth_slice], x_s.at[slot], full.at[slot])
+                if transposed:
+                    plgpu.copy_gmem_to_smem(
+                        w_g.at[group, depth_slice, pl.ds(column, tiling.columns)], w_s.at[slot], full.at[slot]
+                    )
+                elif swiglu:
+                    for half in range(2):
+                        plgpu.copy_gmem_to_smem(
+                            w_g.at[group, half, pl.ds(column, tiling.columns), depth_slice],
+                            w_s.at[slot, pl.ds(half * tiling.columns, tiling.columns)],
+                            full.at[slot],
+                        )
+                else:
+                    plgpu.copy_gmem_to_smem(
+                        w_g.at[group, pl.ds(column, tiling.columns), depth_slice], w_s.at[slot], full.at[slot]
+                    )
+                return ()
+
+            count = jnp.where(group == groups, 0, steps)
+            lax.fori_loop(0, count, fetch, ())
+            return step + count
+
+        def left_operand(slot, first, size):
+            if transposed:
+                return w_s.at[slot, :, pl.ds(first, size)].transpose((1, 0))
+            return w_s.at[slot, pl.ds(first, size)]
+
+        def store(values, tile, wanted, column):
+            """values[j]: [64, width], the 64 columns from `column + 64 * j`, of rows from the tile's base."""
+            base, first, end = (tiles_g[tile, c] for c in (1, 2, 3))
+            for j, value in enumerate(values):
+                at = column + 64 * j
+
+                @pl.when(at >= wanted)
+                def _(value=value, at=at):
+                    for c in range(0, value.shape[1], STAGED_ROWS):
+                        size = min(STAGED_ROWS, value.shape[1] - c)
+                        staged = o_s.at[wg, pl.ds(0, size)]
+                        part = plgpu.layout_cast(value[:, c : c + size], plgpu.Layout.WGMMA_TRANSPOSED)
+                        staged.transpose((1, 0))[...] = part
+                        out = o_g.at[pl.ds(base + c, size), pl.ds(at, 64)]
+                        _store_rows(staged, out, first - base - c, end - base - c, 64, out_columns, interpret)
+
+        def multiply(i, step):
+            tile, wanted, column = locate(i)
+            group, base, end = (tiles_g[tile, c] for c in (0, 1, 3))
+            outside = group == groups
+            wanted_width = jnp.where(outside, 0, lax.div(end - base + ROW_STEP - 1, ROW_STEP) * ROW_STEP)
+
+            def product(width, *accs):
+                def body(k, _):
+                    slot = lax.rem(step + k, stages)
+                    plgpu.barrier_wait(full.at[slot])
+                    right = x_s.at[slot, pl.ds(0, width)].transpose((1, 0))
+                    if swiglu:
+                        plgpu.wgmma(accs[0], left_operand(slot, wg * 64, 64), right)
+                        plgpu.wgmma(accs[1], left_operand(slot, tiling.columns + wg * 64, 64), right)
+                    else:
+                        plgpu.wgmma(accs[0], left_operand(slot, wg * wg_columns, wg_columns), right)
+                    plgpu.wgmma_wait(len(accs))
+
+                    @pl.when(k > 0)
+                    def _():
+                        plgpu.barrier_arrive(empty.at[lax.rem(step + k + stages - 1, stages)])
+
+                    return ()
+
+                lax.fori_loop(0, steps, body, ())
+                values = [acc[...] for acc in accs]
+                plgpu.barrier_arrive(empty.at[lax.rem(step + steps - 1, stages)])
+                return values
+
+            for width in widths:
+
+                @pl.when(wanted_width == width)
+                def _(width=width):
+                    shape = (64 if swiglu else wg_columns, width)
+                    accs = [plgpu.ACC(shape, jnp.float32)] * (2 if swiglu else 1)
+                    values = pl.run_scoped(lambda *accs: product(width, *accs), *accs)
+                    if swiglu:
+                        gate, up = values
+                        value = (gate / (1 + jnp.exp(-gate)) * up).astype(x.dtype)
+                        store([value], tile, wanted, column + wg * 64)
+                    else:
+                        value = values[0].astype(x.dtype)
+                        parts = [value[j : j + 64] for j in range(0, wg_columns, 64)]
+                        store(parts, tile, wanted, column + wg * wg_columns)
+
+            @pl.when(outside)
+            def _():
+                zeros = jnp.zeros((64, tiling.rows), x.dtype)
+                half = tiling.columns // 2
+                store([zeros] * (half // 64), tile, wanted, column + wg * half)
+
+            return step + jnp.where(outside, 0, steps)
+
+        @pl.when(wg == 2)
+        def _():
+            plgpu.set_max_registers(40, action="decrease")
+            lax.fori_loop(0, trips, load, jnp.int32(0))
+
+        @pl.when(wg < 2)
+        def _():
+            plgpu.set_max_registers(232, action="increase")
+            lax.fori_loop(0, trips, multiply, jnp.int32(0))
+
+    w_shape = (TILE_K, tiling.columns) if transposed else (loaded_columns, TILE_K)
+    tiles, count = row_tiles(group_sizes, rows, tiling.rows)
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((rows, out_columns), x.dtype),
+        scratch_types=[
+            plgpu.SMEM((stages, tiling.rows, TILE_K), x.dtype, transforms=layout),
+            plgpu.SMEM((stages, *w_shape), x.dtype, transforms=layout),
+            plgpu.SMEM((2, STAGED_ROWS, 64), x.dtype, transforms=layout),
+            plgpu.Barrier(num_arrivals=3 if swiglu else 2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        ],
+        grid=(SM_COUNT,),
+        grid_names=("sm",),
+        num_threads=3,
+        thread_name="wg",
+        interpret=mosaic.interpret_params() if interpret else None,
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=False),
+    )(tiles, count, x, weights)
