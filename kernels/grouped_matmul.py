@@ -13,9 +13,11 @@ group run side by side, so that a weight is read from device memory once.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
@@ -25,6 +27,7 @@ from jaxlib.mlir.dialects import arith, llvm, scf
 from jaxtyping import Array, BFloat16, Int
 
 from dsparse.kernels import mosaic
+from dsparse.kernels.grouped_matmul_wgrad import grouped_wgrad
 
 SM_COUNT = 132
 TILE_K = 64  # 128 bytes of bfloat16: one swizzle row
@@ -61,7 +64,7 @@ def row_tiles(group_sizes: Int[Array, " E"], rows: int, tile_rows: int) -> tuple
     counts = jnp.where(sizes > 0, -((aligned - ends) // tile_rows), 0)
     heights = -((aligned - ends) // (jnp.maximum(counts, 1) * ROW_STEP)) * ROW_STEP
     tile_ends = jnp.cumsum(counts)
-    most = groups + 1 + (rows + groups * (ROW_ALIGNMENT - 1)) // tile_rows
+    most = groups + 1 + (rows + (groups + 1) * (ROW_ALIGNMENT - 1)) // tile_rows
     tile = jnp.arange(most, dtype=jnp.int32)
     group = jnp.minimum((tile_ends[None, :] <= tile[:, None]).sum(axis=1, dtype=jnp.int32), groups)
     first = aligned[group] + (tile - (tile_ends - counts)[group]) * heights[group]
@@ -127,6 +130,125 @@ def _store_rows(staged, out, first, end, columns: int, row_stride: int, interpre
     copy(staged, out, first, end)
 
 
+def _check(x: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> None:
+    *_, out_width, depth = weights.shape
+    if x.dtype != jnp.bfloat16 or weights.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"grouped matmul kernel takes bfloat16, not {x.dtype} rows and {weights.dtype} weights")
+    if x.ndim != 2 or x.shape[1] != depth or group_sizes.shape != weights.shape[:1]:
+        raise ValueError(f"shapes do not fit: x {x.shape}, weights {weights.shape}, group_sizes {group_sizes.shape}")
+    if min(out_width, depth) < 128 or out_width % 64 or depth % 64:
+        raise NotImplementedError(
+            f"grouped matmul kernel needs weights [E, F, D] with F and D multiples of 64 from 128, not {weights.shape}"
+        )
+    if x.shape[0] == 0:
+        raise NotImplementedError("grouped matmul kernel needs at least one row")
+
+
+def _tiling(out_columns: int, swiglu: bool) -> Tiling:
+    if swiglu:
+        return dataclasses.replace(WIDE, columns=WIDE.columns // 2)
+    return WIDE if out_columns % WIDE.columns == 0 else NARROW
+
+
+def _padded(x: jax.Array, rows: int) -> jax.Array:
+    return x if x.shape[0] == rows else jnp.pad(x, ((0, rows - x.shape[0]), (0, 0)))
+
+
+def _rows_times_weights(x, weights, group_sizes, interpret: bool, *, transposed: bool = False, swiglu: bool = False):
+    """The kernel over rows padded to what it needs (no copy when M is a multiple of 8 and a tile)."""
+    out_columns = weights.shape[-1] if transposed else weights.shape[-2]
+    tiling = _tiling(out_columns, swiglu)
+    rows = max(mosaic.round_up(x.shape[0], ROW_ALIGNMENT), tiling.rows)
+    out = _tiles_kernel(
+        _padded(x, rows),
+        weights,
+        group_sizes,
+        out_columns=out_columns,
+        transposed=transposed,
+        swiglu=swiglu,
+        tiling=tiling,
+        interpret=interpret,
+    )
+    return out[: x.shape[0]]
+
+
+def _no_gradient(group_sizes):
+    return np.zeros(group_sizes.shape, jax.dtypes.float0)
+
+
+def _weight_gradient(dy, x, group_sizes, interpret: bool):
+    rows = max(mosaic.round_up(x.shape[0], ROW_ALIGNMENT), 64)
+    return grouped_wgrad(_padded(dy, rows), _padded(x, rows), group_sizes, interpret=interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_matmul(
+    x: BFloat16[Array, "M D"],
+    weights: BFloat16[Array, "E F D"],
+    group_sizes: Int[Array, " E"],
+    interpret: bool = False,
+) -> BFloat16[Array, "M F"]:
+    """out[rows of e] = x[rows of e] @ weights[e].T, rows sorted by group; 0 past the last group's rows.
+
+    `sum(group_sizes)` is at most M; groups may be empty. F and D are multiples of 64 from 128. Differentiable in x and
+    weights: rows of the cotangent past the last group must be finite. Raises NotImplementedError where unsupported.
+    """
+    mosaic.require_hopper()
+    _check(x, weights, group_sizes)
+    return _rows_times_weights(x, weights, group_sizes, interpret)
+
+
+def _grouped_matmul_fwd(x, weights, group_sizes, interpret):
+    return grouped_matmul(x, weights, group_sizes, interpret), (x, weights, group_sizes)
+
+
+def _grouped_matmul_bwd(interpret, residuals, dy):
+    x, weights, group_sizes = residuals
+    dx = _rows_times_weights(dy, weights, group_sizes, interpret, transposed=True)
+    return dx, _weight_gradient(dy, x, group_sizes, interpret), _no_gradient(group_sizes)
+
+
+grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_swiglu(
+    x: BFloat16[Array, "M D"],
+    weights: BFloat16[Array, "E 2 F D"],
+    group_sizes: Int[Array, " E"],
+    interpret: bool = False,
+) -> BFloat16[Array, "M F"]:
+    """silu(x @ gate[e].T) * (x @ up[e].T), rows sorted by group, `weights[e]` = (gate, up); 0 past the last group.
+
+    Limits as in `grouped_matmul`. The backward recomputes gate and up.
+    """
+    mosaic.require_hopper()
+    _check(x, weights, group_sizes)
+    return _rows_times_weights(x, weights, group_sizes, interpret, swiglu=True)
+
+
+def _grouped_swiglu_fwd(x, weights, group_sizes, interpret):
+    return grouped_swiglu(x, weights, group_sizes, interpret), (x, weights, group_sizes)
+
+
+def _grouped_swiglu_bwd(interpret, residuals, dy):
+    x, weights, group_sizes = residuals
+    groups, _, width, depth = weights.shape
+    stacked = weights.reshape(groups, 2 * width, depth)
+    gate, up = jnp.split(_rows_times_weights(x, stacked, group_sizes, interpret).astype(jnp.float32), 2, axis=1)
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    dy = dy.astype(jnp.float32)
+    d_gate = dy * up * (sigmoid + silu * (1 - sigmoid))
+    d_stacked = jnp.concatenate([d_gate, dy * silu], axis=1).astype(x.dtype)
+    dx = _rows_times_weights(d_stacked, stacked, group_sizes, interpret, transposed=True)
+    d_weights = _weight_gradient(d_stacked, x, group_sizes, interpret).reshape(weights.shape)
+    return dx, d_weights, _no_gradient(group_sizes)
+
+
+grouped_swiglu.defvjp(_grouped_swiglu_fwd, _grouped_swiglu_bwd)
+
+
 def _tiles_kernel(
     x: BFloat16[Array, "M K"],
     weights: BFloat16[Array, "E ..."],
@@ -151,13 +273,15 @@ def _tiles_kernel(
     widths = range(ROW_STEP, tiling.rows + 1, ROW_STEP)
     stages = tiling.stages
     layout = mosaic.swizzled(x.dtype)
+    tiles, count = row_tiles(group_sizes, rows, tiling.rows)
+    blocks = min(SM_COUNT, tiles.shape[0] * column_tiles)
 
     def kernel(tiles_g, count_g, x_g, w_g, o_g, x_s, w_s, o_s, full, empty):
         sm, wg = lax.axis_index("sm"), lax.axis_index("wg")
-        trips = lax.div(count_g[0] * column_tiles - sm + SM_COUNT - 1, SM_COUNT)
+        trips = lax.div(count_g[0] * column_tiles - sm + blocks - 1, blocks)
 
         def locate(i):
-            index = sm + i * SM_COUNT
+            index = sm + i * blocks
             tile = lax.div(index, column_tiles)
             wanted = lax.rem(index, column_tiles) * tiling.columns
             return tile, wanted, pl.multiple_of(jnp.minimum(wanted, out_columns - tiling.columns), 64)
@@ -281,7 +405,6 @@ def _tiles_kernel(
             lax.fori_loop(0, trips, multiply, jnp.int32(0))
 
     w_shape = (TILE_K, tiling.columns) if transposed else (loaded_columns, TILE_K)
-    tiles, count = row_tiles(group_sizes, rows, tiling.rows)
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((rows, out_columns), x.dtype),
@@ -292,7 +415,7 @@ def _tiles_kernel(
             plgpu.Barrier(num_arrivals=3 if swiglu else 2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         ],
-        grid=(SM_COUNT,),
+        grid=(blocks,),
         grid_names=("sm",),
         num_threads=3,
         thread_name="wg",
