@@ -59,10 +59,11 @@ class LatentAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], CacheLayer | None]:
         q_nope, q_rope = self.queries(x, context)
         latent = self.latents(x, context)
-        if cache is None:
+        if cache is not None:
+            cache = cache.write("latent", latent, context.slots)
+        if cache is None or context.empty_cache:
             out = self._expanded(q_nope, q_rope, latent, context)
         else:
-            cache = cache.write("latent", latent, context.slots)
             past = cache.read("latent").astype(x.dtype)
             attend = self._absorbed if x.shape[1] <= ABSORB_UP_TO else self._expanded_cached
             out = attend(q_nope, q_rope, past, context)

@@ -18,6 +18,7 @@ class Context:
     slots: where a cached pass stores each token: its position, or -1 for padding, which is not stored.
     segment_ids: tokens attend only within their segment (packing, left padding); None: one segment a row.
     rope: cos and sin of the positions.
+    empty_cache: the cache holds nothing yet, so tokens attend among themselves only.
     """
 
     tokens: Int[Array, "B T"]
@@ -25,3 +26,4 @@ class Context:
     slots: Int[Array, "B T"] | None
     segment_ids: Int[Array, "B T"] | None
     rope: Float[Array, "2 B T half"]
+    empty_cache: bool = dataclasses.field(default=False, metadata={"static": True})

@@ -50,16 +50,12 @@ class Model(nnx.Module):
         param_dtype: jnp.dtype | None = None,
         storage: Sequence[Storage] | None = None,
         mesh: Mesh | None = None,
-        unrolled: bool = False,
     ):
-        """storage: stored dtypes for each layer (multi-token prediction layers last), then of the top-level tensors.
-
-        unrolled: give each layer a stack of its own, for decoding on a CPU, where slicing a stack copies the weights.
-        """
+        """storage: stored dtypes for each layer (multi-token prediction layers last), then of the top-level tensors.        """
         storage = storage or [{}] * (config.num_hidden_layers + config.num_nextn_predict_layers + 1)
         top = Scope(rngs, jnp.dtype(param_dtype or dtype), storage=storage[-1])
         self.embed_tokens = Embedding(top["embed_tokens"], config)
-        self.runs = layer_runs(config, storage, unrolled)
+        self.runs = layer_runs(config, storage)
         self.stacks = nnx.List([Stack(_scopes(top, storage, run), config, run) for run in self.runs])
         self.norm = RMSNorm(top["norm"], config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else _head(top["lm_head"], config)
@@ -98,10 +94,12 @@ class Model(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
         slots: Int[Array, "B T"] | None = None,
+        empty_cache: bool = False,
     ) -> tuple[Float[Array, "B T D"], Cache | None, list[Routing]]:
         """The last layer's output before the final norm; the cache with these tokens; the routing of each MoE block.
 
         With a cache, `positions` are required, and `slots` says where each token is stored (default: its position).
+        empty_cache: promise that the cache holds nothing yet (the first chunk of a prompt).
         Each `Routing` is stacked over the layers of its scanned run.
         """
         if positions is None:
@@ -109,7 +107,7 @@ class Model(nnx.Module):
         with use_mesh(self.mesh):
             tokens = constrain(tokens, "batch", None)
             rope = rope_cos_sin(self.config.rope_parameters, self.config.qk_rope_head_dim, positions)
-            context = Context(tokens, positions, positions if slots is None else slots, segment_ids, rope)
+            context = Context(tokens, positions, positions if slots is None else slots, segment_ids, rope, empty_cache)
             x = constrain(self.embed_tokens.weight[...][tokens].astype(self.dtype), "batch", None, None)
             new_cache, routings = [], []
             for index, stack in enumerate(self.stacks):
@@ -142,10 +140,8 @@ def _head(scope: Scope, config: ModelConfig) -> Linear:
     return Linear(scope, config.hidden_size, config.vocab_size, ("vocab", "embed"), init)
 
 
-def layer_runs(config: ModelConfig, storage: Sequence[Storage], unrolled: bool = False) -> tuple[Run, ...]:
+def layer_runs(config: ModelConfig, storage: Sequence[Storage]) -> tuple[Run, ...]:
     """How the layers are stacked: layers of equal spec and equal stored dtypes together."""
-    if unrolled:
-        return tuple(Run(i, 1, 1) for i in range(config.num_hidden_layers))
     stored = [tuple(sorted((path, str(dtype)) for path, dtype in layer.items())) for layer in storage]
     return plan_runs(list(zip(config.layers, stored, strict=False)))
 
