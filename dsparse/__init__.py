@@ -13,6 +13,7 @@ if not (_Path(__file__).parent / "kernels").exists():  # a checkout: kernels/ an
 from dsparse.config import ModelConfig
 from dsparse.errors import DsparseError
 from dsparse.model import Model
+from dsparse.pretrained import from_pretrained, save_pretrained
 
 __version__ = "0.1.0"
-__all__ = ["DsparseError", "Model", "ModelConfig"]
+__all__ = ["DsparseError", "Model", "ModelConfig", "from_pretrained", "save_pretrained"]

@@ -31,6 +31,14 @@ REMAT_POLICIES = {
 }
 
 
+class Embedding(nnx.Module):
+    """A row for each token id."""
+
+    def __init__(self, scope: Scope, config: ModelConfig):
+        shape = (config.vocab_size, config.hidden_size)
+        self.weight = scope.param("weight", shape, ("vocab", "embed"), normal(config.initializer_range))
+
+
 class Block(nnx.Module):
     """One layer, its attributes named as Hugging Face names its tensors."""
 
@@ -55,7 +63,11 @@ class Block(nnx.Module):
 
 
 class MTPLayer(nnx.Module):
-    """Multi-token prediction module (DeepSeek-V3, section 2.2): one block on [norm(embedding), norm(hidden)] projected."""
+    """Multi-token prediction module (DeepSeek-V3, section 2.2): one block on [norm(embedding), norm(hidden)] projected.
+
+    embed_tokens and shared_head are None where they are the main model's, as in every published checkpoint; the layer
+    has its own if `scope.storage` names them.
+    """
 
     def __init__(self, scope: Scope, config: ModelConfig, spec: LayerSpec):
         d, init = config.hidden_size, normal(config.initializer_range)
@@ -64,6 +76,10 @@ class MTPLayer(nnx.Module):
         self.eh_proj = Linear(scope["eh_proj"], 2 * d, d, ("embed", None), init)
         self.block = Block(scope, config, spec)
         self.norm = RMSNorm(scope["shared_head.norm"], d, config.rms_norm_eps)
+        own = [name for name in ("embed_tokens", "shared_head.head") if f"{name}.weight" in scope.storage]
+        self.embed_tokens = Embedding(scope["embed_tokens"], config) if "embed_tokens" in own else None
+        head = scope["shared_head.head"]
+        self.head = Linear(head, d, config.vocab_size, ("vocab", "embed"), init) if "shared_head.head" in own else None
 
 
 class Run(NamedTuple):

@@ -13,24 +13,19 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from dsparse import ops
-from dsparse.blocks import MIXERS, MTPLayer, Run, Stack, plan_runs
+from dsparse.blocks import MIXERS, Embedding, MTPLayer, Run, Stack, plan_runs
 from dsparse.cache import Arrays
 from dsparse.config import ModelConfig
 from dsparse.context import Context
 from dsparse.errors import DsparseError
 from dsparse.layers import Linear, RMSNorm, rope_cos_sin
 from dsparse.moe import Routing
+from dsparse.origin import Origin
 from dsparse.params import Scope, normal
 from dsparse.sharding import constrain, use_mesh
 
 Storage = Mapping[str, jnp.dtype]  # path inside a layer (or of a top-level tensor) -> stored dtype
 Cache = list[list[Arrays]]  # by stack, by position in its pattern
-
-
-class Embedding(nnx.Module):
-    def __init__(self, scope: Scope, config: ModelConfig):
-        shape = (config.vocab_size, config.hidden_size)
-        self.weight = scope.param("weight", shape, ("vocab", "embed"), normal(config.initializer_range))
 
 
 class Model(nnx.Module):
@@ -67,6 +62,7 @@ class Model(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.mesh = mesh
         self.remat = "none"
+        self.origin = Origin()
 
     def __call__(
         self,

@@ -1,0 +1,70 @@
+"""Casting on the host while weights stream past: FP8 blocks to floating point, bf16 to float32."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import ml_dtypes
+import numpy as np
+
+from dsparse.checkpoints.tensorfiles import TensorFiles
+from dsparse.params import FLOAT8, FP8_BLOCK
+
+CAST_BYTES = 4 << 20  # source bytes cast at once
+_BF16, _F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+
+
+def read_as(files: TensorFiles, name: str, scale_name: str | None, index: tuple[slice, ...], out: np.ndarray) -> None:
+    """Fill `out` with `tensor[index]` in out's dtype; an FP8 tensor is multiplied by its block scales."""
+    info = files.tensors[name]
+    if info.dtype == out.dtype and scale_name is None:
+        files.read_into(name, index, out)
+        return
+    scale = None if scale_name is None else files.read(scale_name).astype(np.float32)
+    if not index:
+        out[...] = files.read(name).astype(out.dtype)
+        return
+    row_bytes = math.prod(out.shape[1:]) * info.dtype.itemsize
+    step = max(FP8_BLOCK, CAST_BYTES // max(1, row_bytes))
+    for begin in range(0, out.shape[0], step):
+        rows = slice(index[0].start + begin, min(index[0].start + begin + step, index[0].stop))
+        raw = np.empty((rows.stop - rows.start, *out.shape[1:]), info.dtype)
+        files.read_into(name, (rows, *index[1:]), raw)
+        target = out[begin : begin + len(raw)]
+        if scale is None:
+            cast_into(raw, target)
+        else:
+            dequantize_into(raw, scale, (rows, *index[1:]), target)
+
+
+def cast_into(source: np.ndarray, out: np.ndarray) -> None:
+    """out[...] = source in out's dtype."""
+    if source.dtype == _BF16 and out.dtype == _F32:  # bf16 is float32's upper half: much faster than an element-wise cast
+        np.left_shift(source.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        np.copyto(out, source.astype(out.dtype), casting="unsafe")
+
+
+def dequantize_into(raw: np.ndarray, scale_inv: np.ndarray, index: tuple[slice, slice], out: np.ndarray) -> None:
+    """out[...] = FP8 values times the scales of their 128x128 blocks (DeepSeek-V3, section 3.3.2).
+
+    index: which rows and columns of the whole weight `raw` holds; they need not begin or end at a block's edge.
+    """
+    rows, columns = index
+    column_blocks = np.arange(columns.start, columns.stop) // FP8_BLOCK
+    table, begin = float8_values(raw.dtype), rows.start
+    while begin < rows.stop:
+        end = min((begin // FP8_BLOCK + 1) * FP8_BLOCK, rows.stop)
+        part = slice(begin - rows.start, end - rows.start)
+        wide = table[raw[part].view(np.uint8)]
+        wide *= scale_inv[begin // FP8_BLOCK, column_blocks]
+        cast_into(wide, out[part])
+        begin = end
+
+
+@functools.cache
+def float8_values(dtype: np.dtype) -> np.ndarray:
+    """The 256 values of an 8-bit floating-point dtype, float32."""
+    assert dtype in FLOAT8
+    return np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
