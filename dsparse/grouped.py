@@ -1,4 +1,4 @@
-"""Grouped matmul for XLA: rows padded to blocks that belong to one group each, then one batched product.
+"""Mixture-of-experts products for XLA: rows padded to blocks that belong to one expert each, then batched products.
 
 `jax.lax.ragged_dot` costs about one dense product per group on CPU and expands densely on GPUs without a kernel.
 Here the work is that of the rows plus at most one block of padding a group.
@@ -6,6 +6,7 @@ Here the work is that of the rows plus at most one block of padding a group.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,108 +14,139 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dsparse.reference import dequantize
+
 GATHERED_BYTES = 64 << 20  # weights copied for one batched product; more are taken in turns
+FEW_ROWS = 32  # up to here (decode) every row gets a copy of its own expert's weights and nothing is sorted
 
 
-@jax.custom_vjp
-def permute(x: Float[Array, "M D"], source: Int[Array, " P"], destination: Int[Array, " M"]) -> Float[Array, "P D"]:
-    """out[p] = x[source[p]] (0 where source is -1). `destination[m]` is the p that takes row m (-1: none).
+class Experts(NamedTuple):
+    """Weights of the SwiGLU experts, [out, in] each; block scales where they are stored in 8 bits."""
 
-    Knowing both directions, the gradient is a gather too; XLA's scatter would be far slower.
-    """
-    return _take(x, source)
-
-
-def _take(x, source):
-    return jnp.where((source >= 0)[:, None], x[jnp.maximum(source, 0)], 0)
-
-
-def _permute_fwd(x, source, destination):
-    return _take(x, source), (source, destination)
-
-
-def _permute_bwd(residuals, g):
-    source, destination = residuals
-    no_gradient = (np.zeros(a.shape, jax.dtypes.float0) for a in (source, destination))
-    return _take(g, destination), *no_gradient
-
-
-permute.defvjp(_permute_fwd, _permute_bwd)
+    gate_up: Float[Array, "E 2 F D"]
+    down: Float[Array, "E D F"]
+    gate_up_scale_inv: Float[Array, "E 2 Fb Db"] | None = None
+    down_scale_inv: Float[Array, "E Db Fb"] | None = None
 
 
 class Blocks(NamedTuple):
     """Rows laid out in blocks of one group each."""
 
     group: Int[Array, " blocks"]
-    source: Int[Array, " padded"]  # row of each padded slot, -1: padding
-    slot: Int[Array, " M"]  # padded slot of each row, -1: past the last group
+    source: Int[Array, " slots"]  # the row that fills each slot, -1: padding
+    slot: Int[Array, " M"]  # where each row went, -1: nowhere
+
+
+def take_rows(x: Float[Array, "M D"], index: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """Rows of x; 0 where the index is -1."""
+    return jnp.where((index >= 0)[..., None], x[jnp.maximum(index, 0)], 0)
+
+
+@jax.custom_vjp
+def spread(x: Float[Array, "T D"], source: Int[Array, " slots"], slot: Int[Array, "T K"]) -> Float[Array, "slots D"]:
+    """Copy each token to its K slots: out[s] = x[source[s] // K]. Knowing `slot`, the gradient is a gather too."""
+    return take_rows(x, jnp.where(source >= 0, source // slot.shape[1], -1))
+
+
+@jax.custom_vjp
+def collect(y: Float[Array, "slots D"], source: Int[Array, " slots"], slot: Int[Array, "T K"]) -> Float[Array, "T K D"]:
+    """Fetch each token's K results; the reverse of `spread`."""
+    return take_rows(y, slot)
+
+
+def _no_gradient(*indices: Array):
+    return (np.zeros(index.shape, jax.dtypes.float0) for index in indices)
+
+
+def _spread_bwd(indices, g):
+    source, slot = indices
+    return take_rows(g, slot).sum(axis=1), *_no_gradient(source, slot)
+
+
+def _collect_bwd(indices, g):
+    source, slot = indices
+    return take_rows(g.reshape(-1, g.shape[-1]), source), *_no_gradient(source, slot)
+
+
+spread.defvjp(lambda x, source, slot: (spread(x, source, slot), (source, slot)), _spread_bwd)
+collect.defvjp(lambda y, source, slot: (collect(y, source, slot), (source, slot)), _collect_bwd)
 
 
 def block_size(rows: int, groups: int) -> int:
-    """Rows a block: half the mean group, within what keeps a CPU's and a GPU's units busy."""
-    return int(min(128, max(1, 1 << max(0, (rows // (2 * groups)).bit_length() - 1))))
+    """Rows a block: about half the mean group, so that padding stays below the work."""
+    return 1 << max(0, min(8, (rows // groups).bit_length() - 1))
 
 
-def layout(rows: int, group_sizes: Int[Array, " E"], size: int) -> Blocks:
-    groups = group_sizes.shape[0]
-    blocks = min(rows, rows // size + min(groups, rows))
-    ends = jnp.cumsum(group_sizes)
-    block_ends = jnp.cumsum(-(-group_sizes // size))
-    row = jnp.arange(rows)
-    group_of_row = jnp.searchsorted(ends, row, side="right", method="compare_all")
-    clipped = jnp.minimum(group_of_row, groups - 1)
-    first_slot = (block_ends - -(-group_sizes // size)) * size
-    slot = first_slot[clipped] + row - (ends - group_sizes)[clipped]
-    slot = jnp.where(group_of_row < groups, slot, -1)
-    group = jnp.searchsorted(block_ends, jnp.arange(blocks), side="right", method="compare_all")
-    group = jnp.minimum(group, groups - 1)
-    slots = jnp.arange(blocks * size)
-    slot_group = jnp.repeat(group, size)
-    within = slots - first_slot[slot_group]
-    source = jnp.where(within < group_sizes[slot_group], (ends - group_sizes)[slot_group] + within, -1)
-    return Blocks(group, source, slot)
+def sorted_blocks(group: Int[Array, " M"], groups: int) -> Blocks:
+    """Lay out rows by group (group number `groups`: the row belongs to nobody)."""
+    rows = group.shape[0]
+    size = block_size(rows, groups)
+    blocks = min(rows, rows // size + groups)
+    counts = jnp.bincount(group, length=groups + 1)[:groups]
+    ends, blocks_end = jnp.cumsum(counts), jnp.cumsum(-(-counts // size))
+    first_slot = (blocks_end - -(-counts // size)) * size
+    order = jnp.argsort(group, stable=True)
+    block_group = jnp.minimum(jnp.searchsorted(blocks_end, jnp.arange(blocks), side="right"), groups - 1)
+    slot_group = jnp.repeat(block_group, size)
+    within = jnp.arange(blocks * size) - first_slot[slot_group]
+    filled = within < counts[slot_group]
+    source = jnp.where(filled, order[jnp.minimum((ends - counts)[slot_group] + within, rows - 1)], -1)
+    inverse = jnp.zeros(rows, order.dtype).at[order].set(jnp.arange(rows), unique_indices=True)
+    clipped = jnp.minimum(group, groups - 1)
+    slot = jnp.where(group < groups, first_slot[clipped] + inverse - (ends - counts)[clipped], -1)
+    return Blocks(block_group, source, slot)
 
 
-def blocked(x: Float[Array, "M D"], blocks: Blocks, fn, *weights: Float[Array, "E ..."]) -> Float[Array, "M F"]:
-    """Apply `fn(rows [b, m, D], *weights[group of block])` to every block and return rows to their places."""
-    count = blocks.group.shape[0]
-    padded = permute(x, blocks.source, blocks.slot).reshape(count, -1, x.shape[-1])
-    bytes_a_block = sum(w[0].size * w.dtype.itemsize for w in weights)
+def in_turns(fn: Callable, rows: Float[Array, "b m D"], group: Int[Array, " b"], weights) -> Float[Array, "b m F"]:
+    """fn(rows, weights of each block's group), so many blocks at a time that the copied weights stay small."""
+    count, held = group.shape[0], jax.tree.leaves(weights)
+    bytes_a_block = sum(w[0].size * w.dtype.itemsize for w in held)
     turns = min(count, max(1, -(-count * bytes_a_block // GATHERED_BYTES)))
 
     def some(rows, group):
-        return fn(rows, *(w[group] for w in weights))
+        return fn(rows, jax.tree.map(lambda w: w[group], weights))
 
     if turns == 1:
-        out = some(padded, blocks.group)
+        return some(rows, group)
+    return jax.lax.map(lambda args: some(args[0][None], args[1][None])[0], (rows, group), batch_size=count // turns)
+
+
+def swiglu_experts(rows: Float[Array, "b m D"], experts: Experts) -> Float[Array, "b m D"]:
+    """Block b through its own expert b."""
+    gate_up = dequantize(experts.gate_up, experts.gate_up_scale_inv, rows.dtype)
+    gate_up = gate_up.reshape(gate_up.shape[0], -1, gate_up.shape[-1])  # one plain batched product: XLA's fast path on CPU
+    gate, up = jnp.split(jnp.einsum("bmd,bfd->bmf", rows, gate_up), 2, axis=-1)
+    down = dequantize(experts.down, experts.down_scale_inv, rows.dtype)
+    return jnp.einsum("bmf,bdf->bmd", jax.nn.silu(gate) * up, down)
+
+
+def expert_mlp(
+    x: Float[Array, "T D"], choice: Int[Array, "T K"], weights: Float[Array, "T K"], experts: Experts
+) -> Float[Array, "T D"]:
+    """Sum over each token's chosen experts, weighted; choice E (one past the last) adds nothing. Exact, no capacity."""
+    groups, (tokens, chosen) = experts.gate_up.shape[0], choice.shape
+    group = choice.reshape(-1)
+    if group.size <= FEW_ROWS:
+        rows = jnp.repeat(x, chosen, axis=0)[:, None]
+        out = in_turns(swiglu_experts, rows, jnp.minimum(group, groups - 1), experts).reshape(tokens, chosen, -1)
+        out = jnp.where((choice < groups)[..., None], out, 0)
     else:
-        out = jax.lax.map(lambda args: some(args[0][None], args[1][None])[0], (padded, blocks.group), batch_size=count // turns)
-    return permute(out.reshape(-1, out.shape[-1]), blocks.slot, blocks.source)
+        blocks = sorted_blocks(group, groups)
+        slot = blocks.slot.reshape(choice.shape)
+        rows = spread(x, blocks.source, slot).reshape(blocks.group.shape[0], -1, x.shape[-1])
+        out = in_turns(swiglu_experts, rows, blocks.group, experts).reshape(blocks.source.shape[0], -1)
+        out = collect(out, blocks.source, slot)
+    return jnp.einsum("TKD,TK->TD", out, weights.astype(out.dtype))
 
 
-def grouped_matmul(x: Float[Array, "M D"], weights: Float[Array, "E F D"], group_sizes: Int[Array, " E"]) -> Float[Array, "M F"]:
-    blocks = layout(x.shape[0], group_sizes, block_size(x.shape[0], weights.shape[0]))
-    return blocked(x, blocks, lambda rows, w: jnp.einsum("bmd,bfd->bmf", rows, w.astype(rows.dtype)), weights)
-
-
-def grouped_mlp(
-    x: Float[Array, "M D"],
-    gate_up: Float[Array, "E 2 F D"],
-    down: Float[Array, "E D F"],
-    group_sizes: Int[Array, " E"],
-    gate_up_scale_inv: Float[Array, "E 2 Fb Db"] | None = None,
-    down_scale_inv: Float[Array, "E Db Fb"] | None = None,
-) -> Float[Array, "M D"]:
-    """silu(x gate^T) * (x up^T), times down^T, each row with its group's matrices."""
-    from dsparse.ops import dequantize
-
-    def mlp(rows, gate_up, down, *scales):
-        scale_up, scale_down = scales or (None, None)
-        gate_up = dequantize(gate_up, scale_up, rows.dtype)
-        gate_up = gate_up.reshape(gate_up.shape[0], -1, gate_up.shape[-1])  # one plain batched product: XLA's fast path on CPU
-        gate, up = jnp.split(jnp.einsum("bmd,bfd->bmf", rows, gate_up), 2, axis=-1)
-        hidden = jax.nn.silu(gate) * up
-        return jnp.einsum("bmf,bdf->bmd", hidden, dequantize(down, scale_down, rows.dtype))
-
-    weights = [gate_up, down] + ([gate_up_scale_inv, down_scale_inv] if gate_up_scale_inv is not None else [])
-    return blocked(x, layout(x.shape[0], group_sizes, block_size(x.shape[0], gate_up.shape[0])), mlp, *weights)
+def grouped_matmul(
+    x: Float[Array, "M D"], weights: Float[Array, "E F D"], group_sizes: Int[Array, " E"]
+) -> Float[Array, "M F"]:
+    """Rows sorted by group times their group's matrix transposed; rows past the last group give 0."""
+    rows, groups = x.shape[0], weights.shape[0]
+    group = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows), side="right")
+    blocks = sorted_blocks(group, groups)
+    slot = blocks.slot[:, None]
+    padded = spread(x, blocks.source, slot).reshape(blocks.group.shape[0], -1, x.shape[-1])
+    out = in_turns(lambda a, w: jnp.einsum("bmd,bfd->bmf", a, w.astype(a.dtype)), padded, blocks.group, weights)
+    return collect(out.reshape(blocks.source.shape[0], -1), blocks.source, slot)[:, 0]

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsparse import ops
+from dsparse import ops, reference
 from dsparse.config import ModelConfig, RopeParameters
 from dsparse.params import Scope, normal, ones, zeros
+from dsparse.sharding import current_mesh
 
 
 class Linear(nnx.Module):
@@ -32,7 +33,7 @@ class Linear(nnx.Module):
 
     def dense_weight(self, dtype) -> Float[Array, "d_out d_in"]:
         """W in floating point, for algebra on the weight itself (MLA's absorbed path)."""
-        return ops.dequantize(self.weight[...], None if self.weight_scale_inv is None else self.weight_scale_inv[...], dtype)
+        return reference.dequantize(self.weight[...], None if self.weight_scale_inv is None else self.weight_scale_inv[...], dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -60,14 +61,19 @@ class GatedMLP(nnx.Module):
         self.gate_up_bias = scope.param("gate_up_bias", (2, f), (None, "mlp"), zeros) if bias else None
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        scale = None if self.gate_up_proj_scale_inv is None else self.gate_up_proj_scale_inv[...]
-        gate, up = (
-            ops.linear(x, self.gate_up_proj[...][i], None if scale is None else scale[i]) for i in range(2)
-        )
+        gate, up = self._gate_up(x)
         if self.gate_up_bias is not None:
             bias = self.gate_up_bias[...].astype(x.dtype)
             gate, up = gate + bias[0], up + bias[1]
         return self.down_proj(jax.nn.silu(gate) * up)
+
+    def _gate_up(self, x: Float[Array, "*batch D"]) -> tuple[Float[Array, "*batch F"], Float[Array, "*batch F"]]:
+        weight, scale = self.gate_up_proj[...], self.gate_up_proj_scale_inv
+        if scale is None and current_mesh() is None:
+            return tuple(jnp.split(ops.linear(x, weight.reshape(-1, weight.shape[-1])), 2, axis=-1))
+        # merging [2, F] would break the sharding of F, and 128-row scale blocks need not end where gate does
+        scales = (None, None) if scale is None else scale[...]
+        return tuple(ops.linear(x, half, s) for half, s in zip(weight, scales, strict=True))
 
 
 def rope_frequencies(rope: RopeParameters, dim: int) -> tuple[Float[Array, " half"], float]:

@@ -8,12 +8,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from dsparse import ops, sharding
+from dsparse import grouped, ops, sharding
 from dsparse.config import ModelConfig
-from dsparse.grouped import permute
 from dsparse.layers import GatedMLP
 from dsparse.params import Buffer, Scope, normal, zeros
 
@@ -96,69 +95,56 @@ class Experts(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], weights: Float[Array, "B T K"], experts: Int[Array, "B T K"]
     ) -> Float[Array, "B T D"]:
-        params = {
-            "gate_up": self.gate_up_proj[...],
-            "down": self.down_proj[...],
-            "gate_up_scale_inv": None if self.gate_up_proj_scale_inv is None else self.gate_up_proj_scale_inv[...],
-            "down_scale_inv": None if self.down_proj_scale_inv is None else self.down_proj_scale_inv[...],
-        }
+        scales = (self.gate_up_proj_scale_inv, self.down_proj_scale_inv)
+        stacked = grouped.Experts(
+            self.gate_up_proj[...], self.down_proj[...], *(None if scale is None else scale[...] for scale in scales)
+        )
         mesh = sharding.current_mesh()
         if mesh is None:
-            return local_experts(x, weights, experts, params, first=0)
-        return _sharded_experts(mesh, x, weights, experts, params)
+            return local_experts(x, weights, experts, stacked)
+        return _sharded_experts(mesh, x, weights, experts, stacked)
 
 
-def local_experts(x: Array, weights: Array, experts: Array, params: dict[str, Array], first: Array | int) -> Float[Array, "B T D"]:
-    """Sum over the chosen experts that are here, numbered from `first`; experts elsewhere add nothing.
-
-    Every (token, choice) pair is a row; rows are sorted by expert, multiplied, and gathered back: exact, no capacity.
-    """
-    (batch, time, width), chosen, here = x.shape, experts.shape[-1], params["gate_up"].shape[0]
-    local = experts.reshape(-1) - first
-    local = jnp.where((local >= 0) & (local < here), local, here)  # elsewhere: sorted to the end
-    order = jnp.argsort(local, stable=True)
-    place = jnp.argsort(order, stable=True)
-    sizes = jnp.bincount(local, length=here + 1)[:here]
-    rows = permute(jnp.repeat(x.reshape(-1, width), chosen, axis=0), order, place)
-    out = ops.grouped_mlp(
-        rows, params["gate_up"], params["down"], sizes,
-        gate_up_scale_inv=params["gate_up_scale_inv"], down_scale_inv=params["down_scale_inv"],
-    )  # fmt: skip
-    out = permute(out, place, order).reshape(batch, time, chosen, width)
-    return jnp.einsum("BTKD,BTK->BTD", out, weights.astype(out.dtype))
+def local_experts(x: Array, weights: Array, choice: Array, experts: grouped.Experts) -> Float[Array, "B T D"]:
+    flat = (a.reshape(-1, a.shape[-1]) for a in (x, choice, weights))
+    return ops.expert_mlp(*flat, experts).reshape(x.shape)
 
 
-def _sharded_experts(mesh, x: Array, weights: Array, experts: Array, params: dict[str, Array]) -> Float[Array, "B T D"]:
+def _sharded_experts(mesh: Mesh, x: Array, weights: Array, choice: Array, experts: grouped.Experts) -> Float[Array, "B T D"]:
     """Expert parallelism: every device computes its own experts on the tokens of its expert group.
 
     Tokens are gathered over the mesh axis "expert" where the batch is split over it, and the partial sums scattered
     back; the intermediate dimension may be split over "tensor". No token is dropped.
     """
-    axes = {"gate_up": ("experts", None, "mlp", None), "down": ("experts", None, "mlp")}
-    axes |= {f"{name}_scale_inv": axis for name, axis in axes.items()}
-    specs = {n: None if p is None else sharding.partition_spec(axes[n], p.shape, mesh) for n, p in params.items()}
-    for name in ("gate_up", "down"):  # blocks of 128 need not divide as the weight does: keep scales whole then
-        if params[f"{name}_scale_inv"] is not None and specs[f"{name}_scale_inv"] != specs[name]:
-            specs[name] = specs[f"{name}_scale_inv"]
+    specs = _expert_specs(mesh, experts)
     batch = sharding.partition_spec(("batch", None, None), x.shape, mesh)
-    split_experts = specs["gate_up"][0] == "expert"
-    batch_axes = batch[0] if isinstance(batch[0], tuple) else (batch[0],)
-    gather = split_experts and "expert" in batch_axes
-    reduce_over = tuple(a for a in ("expert" if split_experts and not gather else None, specs["gate_up"][2]) if a)
+    expert_axis, tensor_axis = specs.gate_up[0], specs.gate_up[2]
+    gather = expert_axis is not None and expert_axis in (batch[0] if isinstance(batch[0], tuple) else (batch[0],))
+    summed = tuple(axis for axis in (None if gather else expert_axis, tensor_axis) if axis)
 
-    @functools.partial(
-        jax.shard_map, mesh=mesh, in_specs=(batch, batch, batch, specs), out_specs=batch, check_vma=False
-    )
-    def run(x, weights, experts, params):
-        first = jax.lax.axis_index("expert") * params["gate_up"].shape[0] if split_experts else 0
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(batch, batch, batch, specs), out_specs=batch, check_vma=False)
+    def run(x, weights, choice, experts):
+        here = experts.gate_up.shape[0]
         if gather:
-            x, weights, experts = (jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x, weights, experts))
-        out = local_experts(x, weights, experts, params, first)
-        if reduce_over:
-            out = jax.lax.psum(out, reduce_over)
-        return jax.lax.psum_scatter(out, "expert", scatter_dimension=0, tiled=True) if gather else out
+            x, weights, choice = (jax.lax.all_gather(a, expert_axis, axis=0, tiled=True) for a in (x, weights, choice))
+        local = choice - (jax.lax.axis_index(expert_axis) * here if expert_axis else 0)
+        local = jnp.where((local >= 0) & (local < here), local, here)  # experts elsewhere add nothing here
+        out = local_experts(x, weights, local, experts)
+        if summed:
+            out = jax.lax.psum(out, summed)
+        return jax.lax.psum_scatter(out, expert_axis, scatter_dimension=0, tiled=True) if gather else out
 
-    return run(x, weights, experts, params)
+    return run(x, weights, choice, experts)
+
+
+def _expert_specs(mesh: Mesh, experts: grouped.Experts) -> grouped.Experts:
+    """How the experts are split inside `_sharded_experts`: over "expert", and over "tensor" unless scale blocks forbid."""
+    axes = grouped.Experts(*(("experts", None, "mlp", None), ("experts", None, "mlp")) * 2)
+    scaled = experts.gate_up_scale_inv is not None
+    if scaled:
+        axes = grouped.Experts(*(("experts", *(None,) * (len(a) - 1)) for a in axes))
+    specs = [None if w is None else sharding.partition_spec(a, w.shape, mesh) for a, w in zip(axes, experts, strict=True)]
+    return grouped.Experts(*specs)
 
 
 class MixtureOfExperts(nnx.Module):

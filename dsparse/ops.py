@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsparse import grouped, reference
-from dsparse.params import FLOAT8, FP8_BLOCK
+from dsparse.params import FLOAT8
 
 logger = logging.getLogger("dsparse.ops")
 _chosen: set[tuple[str, str]] = set()
@@ -47,26 +47,13 @@ def _dispatch(op: str, implementation: str | None, choices: dict[str, Callable],
 # ---- linear maps ----------------------------------------------------------------------------------------------------
 
 
-def dequantize(
-    weight: Float[Array, "*lead F D"], scale_inv: Float[Array, "*lead Fb Db"] | None, dtype
-) -> Float[Array, "*lead F D"]:
-    """The weight in `dtype`: 8-bit blocks of 128x128 times their scales (DeepSeek-V3, section 3.3.2); ragged edges allowed."""
-    if scale_inv is None:
-        return weight.astype(dtype)
-    rows, columns = weight.shape[-2:]
-    scale = scale_inv.astype(jnp.float32)
-    scale = jnp.repeat(scale, FP8_BLOCK, axis=-2)[..., :rows, :]
-    scale = jnp.repeat(scale, FP8_BLOCK, axis=-1)[..., :columns]
-    return (weight.astype(jnp.float32) * scale).astype(dtype)
-
-
 def linear(
     x: Float[Array, "*batch D"], weight: Float[Array, "F D"], scale_inv: Float[Array, "Fb Db"] | None = None, out_dtype=None
 ) -> Float[Array, "*batch F"]:
     """x W^T for W [out, in] in floating point or FP8 blocks; in x's dtype unless `out_dtype` says otherwise."""
     if weight.dtype in FLOAT8 and scale_inv is None:
         raise ValueError("an 8-bit weight needs its block scales")
-    weight = dequantize(weight, scale_inv, x.dtype)
+    weight = reference.dequantize(weight, scale_inv, x.dtype)
     contract = (((x.ndim - 1,), (1,)), ((), ()))
     return jax.lax.dot_general(x, weight, contract, preferred_element_type=out_dtype or x.dtype)
 
@@ -165,17 +152,13 @@ def grouped_matmul(
     return _dispatch("grouped_matmul", implementation, {"xla": grouped.grouped_matmul}, x, weights, group_sizes)
 
 
-def grouped_mlp(
-    x: Float[Array, "M D"],
-    gate_up: Float[Array, "E 2 F D"],
-    down: Float[Array, "E D F"],
-    group_sizes: Int[Array, " E"],
+def expert_mlp(
+    x: Float[Array, "T D"],
+    choice: Int[Array, "T K"],
+    weights: Float[Array, "T K"],
+    experts: grouped.Experts,
     *,
-    gate_up_scale_inv: Float[Array, "E 2 Fb Db"] | None = None,
-    down_scale_inv: Float[Array, "E Db Fb"] | None = None,
     implementation: str | None = None,
-) -> Float[Array, "M D"]:
-    """The SwiGLU expert of each row: rows sorted by expert, `group_sizes` rows each; exact, no capacity."""
-    return _dispatch(
-        "grouped_mlp", implementation, {"xla": grouped.grouped_mlp}, x, gate_up, down, group_sizes, gate_up_scale_inv, down_scale_inv
-    )
+) -> Float[Array, "T D"]:
+    """Each token through its K chosen SwiGLU experts, summed with their weights; choice E adds nothing. Differentiable."""
+    return _dispatch("expert_mlp", implementation, {"xla": grouped.expert_mlp}, x, choice, weights, experts)

@@ -9,7 +9,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsparse.params import FP8_BLOCK
+
 NEG_INF = -1e30  # finite, so that a row without any key stays free of NaN
+
+
+def dequantize(
+    weight: Float[Array, "*lead F D"], scale_inv: Float[Array, "*lead Fb Db"] | None, dtype
+) -> Float[Array, "*lead F D"]:
+    """The weight in `dtype`: 8-bit blocks of 128x128 times their scales (DeepSeek-V3, section 3.3.2); ragged edges allowed."""
+    if scale_inv is None:
+        return weight.astype(dtype)
+    rows, columns = weight.shape[-2:]
+    scale = scale_inv.astype(jnp.float32)
+    scale = jnp.repeat(scale, FP8_BLOCK, axis=-2)[..., :rows, :]
+    scale = jnp.repeat(scale, FP8_BLOCK, axis=-1)[..., :columns]
+    return (weight.astype(jnp.float32) * scale).astype(dtype)
 
 
 def masked_softmax(logits: Float[Array, "*batch S"], keep: Array) -> Float[Array, "*batch S"]:
@@ -32,9 +47,10 @@ def latent_attention(
     q: Float[Array, "B T N C"], latent: Float[Array, "B S C"], keep: Array, *, v_head_dim: int, scale: float
 ) -> Float[Array, "B T N V"]:
     """Attention of many heads over one shared key-value row per token, whose first `v_head_dim` columns are the values."""
-    logits = jnp.einsum("BTNC,BSC->BTNS", q, latent, preferred_element_type=jnp.float32) * scale
-    weights = masked_softmax(logits, keep[:, :, None])
-    return jnp.einsum("BTNS,BSV->BTNV", weights.astype(latent.dtype), latent[..., :v_head_dim])
+    # latent first: XLA on CPU then reads it as it lies; slicing the result instead of the latent saves a copy of it
+    logits = jnp.einsum("BSC,BTNC->BSTN", latent, q, preferred_element_type=jnp.float32) * scale
+    weights = masked_softmax(jnp.moveaxis(logits, 1, -1), keep[:, :, None])
+    return jnp.einsum("BTNS,BSC->BTNC", weights.astype(latent.dtype), latent)[..., :v_head_dim]
 
 
 def sparse_attention(

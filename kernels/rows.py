@@ -1,0 +1,266 @@
+"""Row gather and row scatter-add for kernels written in Pallas Mosaic GPU, which has neither on Hopper.
+
+Both are written in Mosaic's lane level dialect, so they have no interpret mode: a kernel that uses them takes another
+branch there. Rows of a tile are gathered with 16-byte `cp.async` straight into the swizzled layout wgmma reads. The
+copies report to hardware barriers of their own kind (an mbarrier that counts copies), which Pallas does not expose.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf, vector
+
+from . import mosaic
+
+ROWS = 64  # rows of a gathered tile
+CHUNK = 64  # columns of a 128-byte chunk of 16-bit elements, the unit of the swizzled layout
+THREADS = 128  # of a warpgroup
+
+_WAIT = "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1;\n@!done bra AGAIN;\n}"
+
+
+def _i32(value: int) -> ir.Value:
+    kind = ir.IntegerType.get_signless(32)
+    return arith.constant(kind, ir.IntegerAttr.get(kind, value))
+
+
+def _i64(value: int) -> ir.Value:
+    kind = ir.IntegerType.get_signless(64)
+    return arith.constant(kind, ir.IntegerAttr.get(kind, value))
+
+
+def _asm(text: str, operands: Sequence[ir.Value] = (), constraints: str = "") -> None:
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), list(operands), text, constraints, has_side_effects=True)
+
+
+def _smem_address(ref: ir.Value) -> ir.Value:
+    return llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(ref))
+
+
+def _gmem_pointer(ref: ir.Value) -> ir.Value:
+    return llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(ref))
+
+
+def opaque_zero() -> jax.Array:
+    """An int32 zero that the compiler cannot see through.
+
+    Indexing a tile with it keeps the address arithmetic of a loop's matrix products inside the loop: hoisted, the
+    descriptors of some fifty products fill the registers and spill.
+    """
+
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT))
+    def zero(ctx):
+        i32 = ir.IntegerType.get_signless(32)
+        value = llvm.inline_asm(i32, [], "mov.b32 $0, 0;", "=r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(value, (), is_signed=True)
+
+    return zero()
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Columns of one slot's tile that become full, and are freed again, together.
+
+    `chunks`: the 64-column chunks of the row that it holds; chunks from 8 on live in the tail tile.
+    """
+
+    slot: int
+    chunks: tuple[int, ...]
+
+    @property
+    def first(self) -> bool:
+        return 0 in self.chunks
+
+
+def barrier_scratch(parts: Sequence[Part]) -> plgpu.SMEM:
+    """Shared memory for the barriers of `parts`: one that says full, one that says free."""
+    return plgpu.SMEM((4 * len(parts),), jnp.int32)
+
+
+def init_barriers(barriers, parts: Sequence[Part]) -> None:
+    """One warpgroup calls this; all warpgroups must synchronize before they use a barrier."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def init(ctx, barriers):
+        base = _smem_address(barriers)
+        leader = scf.IfOp(arith.cmpi(arith.CmpIPredicate.eq, arith.remui(utils.thread_idx(), _i32(THREADS)), _i32(0)))
+        with ir.InsertionPoint(leader.then_block):
+            for number, part in enumerate(parts):
+                # Each gathering thread arrives through its copies, and where it wrote the bias also by itself.
+                arrivals = 2 * THREADS if part.first else THREADS
+                _asm(f"mbarrier.init.shared::cta.b64 [$0+{8 * number}], {arrivals};", [base], "r")
+                _asm(f"mbarrier.init.shared::cta.b64 [$0+{8 * (len(parts) + number)}], {THREADS};", [base], "r")
+            _asm("fence.mbarrier_init.release.cluster;")
+            scf.yield_([])
+
+    init(barriers)
+
+
+def wait_full(barriers, number: int, step: jax.Array) -> None:
+    """A warpgroup waits until part `number` holds the rows of loop step `step`, and lets wgmma see them."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def wait(ctx, barriers, phase):
+        address = arith.addi(_smem_address(barriers), _i32(8 * number))
+        _asm(_WAIT, [address, phase.registers.item()], "r,r")
+        _asm("fence.proxy.async.shared::cta;")
+
+    wait(barriers, step & 1)
+
+
+def free(barriers, parts: Sequence[Part], number: int) -> None:
+    """A warpgroup says that it, the only reader left, is done with part `number`: it may be overwritten."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def arrive(ctx, barriers):
+        offset = 8 * (len(parts) + number)
+        _asm(f"mbarrier.arrive.shared::cta.b64 _, [$0+{offset}];", [_smem_address(barriers)], "r")
+
+    arrive(barriers)
+
+
+def gather(kv, indices, steps, tile, tail, bias, barriers, parts: Sequence[Part], *, slots: int) -> None:
+    """A warpgroup fills the slots with rows `indices` of `kv`, step after step, as readers free them.
+
+    Args:
+      kv: GMEM [S, H], 16-bit. Rows outside [0, S) are zeros.
+      indices: GMEM int32[K], K at least steps * slots * ROWS.
+      steps: GMEM int32[1], how many times all slots are filled.
+      tile: SMEM [slots, ROWS, 512], swizzled: the first 512 columns.
+      tail: SMEM [slots, ROWS, 64], swizzled: the columns from 512 on, if kv has them.
+      bias: SMEM float32[slots, ROWS]: 0 for a row of kv, -inf for none.
+      barriers: see `barrier_scratch`.
+      parts: in the order in which readers free them.
+      slots: tiles of a step.
+    """
+    rows_of_kv, width = kv.shape
+    swizzled = plgpu.RefType(mosaic.swizzled(kv.dtype))
+    plain = plgpu.RefType()
+    group_rows = THREADS // 8  # eight threads copy the 128 bytes of a chunk, so a pass covers 16 rows
+    passes = ROWS // group_rows
+    tile_bytes, tail_bytes = ROWS * 512 * 2, ROWS * CHUNK * 2
+
+    @plgpu.inline_mgpu(arg_types=(plain, plain, plain, swizzled, swizzled, plain, plain))
+    def run(ctx, kv, indices, steps, tile, tail, bias, barriers):
+        i32, i64, f32 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.F32Type.get()
+        thread = arith.remui(utils.thread_idx(), _i32(THREADS))
+        group, lane = arith.divui(thread, _i32(8)), arith.remui(thread, _i32(8))
+        row8, half = arith.remui(group, _i32(8)), arith.divui(group, _i32(8))
+        # Swizzled layout: 8 rows x 128 bytes are contiguous, and a row's 16-byte pieces are permuted by its number.
+        inner = arith.addi(arith.muli(row8, _i32(128)), arith.muli(arith.xori(lane, row8), _i32(16)))
+        tile_at = arith.addi(_smem_address(tile), arith.addi(arith.muli(half, _i32(8 * 1024)), inner))
+        tail_at = arith.addi(_smem_address(tail), arith.addi(arith.muli(half, _i32(1024)), inner))
+        bias_at = arith.addi(_smem_address(bias), arith.muli(group, _i32(4)))
+        barrier_at = _smem_address(barriers)
+        kv_at = llvm.ptrtoint(i64, _gmem_pointer(kv))
+        source = arith.addi(kv_at, arith.extui(i64, arith.muli(lane, _i32(16))))
+        indices_at = _gmem_pointer(indices)
+        count = llvm.load(i32, _gmem_pointer(steps))
+        zero = arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
+        minus_inf = arith.constant(f32, ir.FloatAttr.get(f32, -math.inf))
+
+        def load_indices(step):
+            first = arith.addi(arith.muli(step, _i32(slots * ROWS)), group)
+            offsets = [arith.addi(first, _i32(group_rows * j)) for j in range(slots * passes)]
+            return [llvm.load(i32, utils.getelementptr(indices_at, [o], i32)) for o in offsets]
+
+        def copy_part(part, rows):
+            for j, (row, size, bias_value) in enumerate(rows[passes * part.slot : passes * (part.slot + 1)]):
+                if part.first:
+                    offset = 4 * (ROWS * part.slot + group_rows * j)
+                    _asm(f"st.shared.f32 [$0+{offset}], $1;", [bias_at, bias_value], "r,f")
+                lines = []
+                for chunk in part.chunks:
+                    in_tile = part.slot * tile_bytes + j * 2 * 8 * 1024 + chunk * 1024
+                    in_tail = part.slot * tail_bytes + j * 2 * 1024
+                    target = f"$0+{in_tile}" if chunk < 8 else f"$1+{in_tail}"
+                    lines.append(f"cp.async.cg.shared.global.L2::256B [{target}], [$2+{128 * chunk}], 16, $3;")
+                _asm("\n".join(lines), [tile_at, tail_at, row, size], "r,r,l,r")
+
+        some = scf.IfOp(arith.cmpi(arith.CmpIPredicate.sgt, count, _i32(0)))
+        with ir.InsertionPoint(some.then_block):
+            loop = scf.ForOp(_i32(0), count, _i32(1), load_indices(_i32(0)))
+            with ir.InsertionPoint(loop.body):
+                step = loop.induction_variable
+                # The next step's indices are on their way while this step waits for its slots.
+                following = load_indices(arith.minsi(arith.addi(step, _i32(1)), arith.subi(count, _i32(1))))
+                rows = []
+                for index in loop.inner_iter_args:
+                    valid = arith.cmpi(arith.CmpIPredicate.ult, index, _i32(rows_of_kv))
+                    offset = arith.muli(arith.extui(i64, arith.select(valid, index, _i32(0))), _i64(2 * width))
+                    size = arith.select(valid, _i32(16), _i32(0))
+                    rows.append((arith.addi(source, offset), size, arith.select(valid, zero, minus_inf)))
+                # A fresh barrier counts the phase before its first as over, so the first wait passes.
+                phase = arith.andi(arith.addi(step, _i32(1)), _i32(1))
+                for number, part in enumerate(parts):
+                    _asm(_WAIT, [arith.addi(barrier_at, _i32(8 * (len(parts) + number))), phase], "r,r")
+                    copy_part(part, rows)
+                    _asm(f"cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0+{8 * number}];", [barrier_at], "r")
+                    if part.first:
+                        _asm(f"mbarrier.arrive.shared::cta.b64 _, [$0+{8 * number}];", [barrier_at], "r")
+                scf.yield_(following)
+            scf.yield_([])
+        _asm("cp.async.wait_all;")
+
+    run(kv, indices, steps, tile, tail, bias, barriers)
+
+
+def scatter_add(values: jax.Array, target, indices, first_column: int, unit: jax.Array | None = None) -> None:
+    """A warpgroup adds rows to rows of global memory: target[indices[i], first_column:][:n] += values[i], atomically.
+
+    Args:
+      values: float32[ROWS, n] in the layout of a wgmma accumulator.
+      target: GMEM float32[S, H]; with `unit` int32[S, 2 * H], pairs that hold one 64-bit integer each.
+      indices: GMEM int32[ROWS]; rows outside [0, S) are left out.
+      unit: float32 scalar. Values are rounded to integers in units of 1 / unit, whose sum, unlike that of floats,
+        does not depend on the order of the additions.
+    """
+    rows_of_target = target.shape[0]
+    words = target.shape[1]
+    element = 4 if unit is None else 8
+    arg_types = (plgpu.Layout.WGMMA, plgpu.RefType(), plgpu.RefType())
+    args = (values, target, indices)
+    if unit is not None:
+        arg_types, args = (*arg_types, plgpu.Layout.WG_SPLAT), (*args, unit)
+
+    @plgpu.inline_mgpu(arg_types=arg_types)
+    def run(ctx, values, target, indices, unit=None):
+        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+        thread = arith.remui(utils.thread_idx(), _i32(THREADS))
+        warp, lane = arith.divui(thread, _i32(32)), arith.remui(thread, _i32(32))
+        row = arith.addi(arith.muli(warp, _i32(16)), arith.divui(lane, _i32(4)))
+        column = arith.muli(arith.remui(lane, _i32(4)), _i32(2 * element))
+        base = arith.addi(llvm.ptrtoint(i64, _gmem_pointer(target)), arith.extui(i64, column))
+        # An accumulator's registers: for each 8 columns, a pair of columns of row r and one of row r + 8.
+        registers = list(values.registers.flat)
+        for half in (0, 1):
+            index = llvm.load(
+                i32, utils.getelementptr(_gmem_pointer(indices), [arith.addi(row, _i32(8 * half))], i32)
+            )
+            valid = arith.cmpi(arith.CmpIPredicate.ult, index, _i32(rows_of_target))
+            branch = scf.IfOp(valid)
+            with ir.InsertionPoint(branch.then_block):
+                address = arith.addi(base, arith.muli(arith.extui(i64, index), _i64(4 * words)))
+                for block, pair in enumerate(registers[half::2]):
+                    a, b = (vector.extract(pair, [], [k]) for k in (0, 1))
+                    offset = (first_column + 8 * block) * element
+                    if unit is None:
+                        _asm(f"red.global.add.v2.f32 [$0+{offset}], {{$1, $2}};", [address, a, b], "l,f,f")
+                        continue
+                    for k, x in enumerate((a, b)):
+                        scaled = arith.mulf(x, unit.registers.item())
+                        text = (
+                            "{\n.reg .s64 whole;\ncvt.rni.s64.f32 whole, $1;\n"
+                            f"red.global.add.u64 [$0+{offset + 8 * k}], whole;\n}}"
+                        )
+                        _asm(text, [address, scaled], "l,f")
+                scf.yield_([])
+
+    run(*args)

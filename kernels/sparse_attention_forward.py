@@ -1,0 +1,290 @@
+"""Sparse attention, forward, on Hopper: every query attends to rows it names, with one shared key and value head.
+
+One block is one query and 64 of its heads. A gathering warpgroup fills two tiles of 64 rows; two computing warpgroups
+take turns at them, as FlashMLA does: each scores its own tile, then both multiply both tiles' probabilities with the
+values, one the left 256 columns of the output, the other the right 256. So the exponentials of one run while the tensor
+cores work for the other. Scores are in units of log2, with a running maximum that passes from one to the other.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from . import mosaic, rows
+
+HEADS = 64  # of a block
+STEP = 2 * rows.ROWS  # keys of a loop step
+V_DIM = 512
+HALF = V_DIM // 2
+LOG2_E = math.log2(math.e)
+_MINUS_INF = -1e30  # a maximum over nothing: finite, so that differences stay numbers
+
+_LEFT0, _RIGHT0, _LEFT1, _RIGHT1 = range(4)  # the parts, in the order in which they are freed
+_AL0, _M0, _AL1, _M1, _L0, _L1 = range(6)  # what the computing warpgroups tell each other
+
+
+def gather_parts(head_dim: int) -> tuple[rows.Part, ...]:
+    """The tail (columns from 512 on) shares its memory with the probabilities, so it is freed with the part that the
+    other warpgroup multiplies with them."""
+    tail = tuple(range(8, head_dim // rows.CHUNK))
+    left, right = tuple(range(4)), tuple(range(4, 8))
+    return rows.Part(0, left), rows.Part(0, right + tail), rows.Part(1, left + tail), rows.Part(1, right)
+
+
+def forward(q, kv, indices, steps, sinks, *, scale: float, interpret=None):
+    """Sparse attention of queries R = B * T, each over the rows of its batch entry.
+
+    Args:
+      q: bf16[R, N, H], N a multiple of 64, H 512 or 576.
+      kv: bf16[B, S, H].
+      indices: int32[R, K], K a multiple of 128; outside [0, S) stands for nothing.
+      steps: int32[R], how many blocks of 128 indices to look at.
+      sinks: float32[N], -inf for none.
+      scale: of the logits.
+      interpret: None, or `mosaic.interpret_params()`.
+
+    Returns:
+      out bf16[R, N, 512], and the log-sum-exp float32[R, N].
+    """
+    num_rows, num_heads, head_dim = q.shape
+    batch, num_keys, _ = kv.shape
+    queries = num_rows // batch
+    has_tail = head_dim > V_DIM
+    parts = gather_parts(head_dim)
+    layout = plgpu.Layout.WGMMA
+
+    def spread(vector, like, dim):
+        return lax.broadcast_in_dim(vector, like.shape, [dim])
+
+    def vector(ref, reduced_dim, optimized=True):
+        return ref[...] if interpret else plgpu.load(ref, layout=layout.reduce(reduced_dim), optimized=optimized)
+
+    def filled(value):
+        constant = jnp.full((HEADS,), value, jnp.float32)
+        return constant if interpret else plgpu.layout_cast(constant, layout.reduce(1))
+
+    def kernel(q_g, kv_g, indices_g, steps_g, sinks_g, out_g, lse_g, *scratch):
+        q_s, q_tail_s, tile_s, tail_s, bias_s, told_s, lse_s, barriers, q_ready, start, p_ready, full, freed, *sums = scratch
+        row, heads = lax.axis_index("row"), pl.ds(lax.axis_index("heads") * HEADS, HEADS)
+        wg = lax.axis_index("wg")
+        num_steps = steps_g[row]
+
+        if not interpret:
+            pl.when(wg == 0)(lambda: rows.init_barriers(barriers, parts))
+            plgpu.barrier_arrive(start)
+            plgpu.barrier_wait(start)
+
+        def wait_full(part, step):
+            plgpu.barrier_wait(full.at[part]) if interpret else rows.wait_full(barriers, part, step)
+
+        def free(part):
+            plgpu.barrier_arrive(freed.at[part]) if interpret else rows.free(barriers, parts, part)
+
+        def scores(slot, step):
+            def products(s):
+                wait_full(2 * slot, step)
+                zero = 0 if interpret else rows.opaque_zero()
+                plgpu.wgmma(s, q_s.at[zero], tile_s.at[zero + slot, :, pl.ds(0, HALF)].T)
+                wait_full(2 * slot + 1, step)
+                plgpu.wgmma(s, q_s.at[zero + 1], tile_s.at[zero + slot, :, pl.ds(HALF, HALF)].T)
+                if has_tail:
+                    plgpu.wgmma(s, q_tail_s.at[zero], tail_s.at[zero + slot].T)
+                return s[...]
+
+            s = pl.run_scoped(products, plgpu.ACC((HEADS, rows.ROWS), jnp.float32))
+            return s * (scale * LOG2_E) + spread(vector(bias_s.at[slot], 0), s, 1)
+
+        def tell(probabilities, slot, alpha_at, alpha, m):
+            """Hands a tile's probabilities, and how the maximum moved, to the other warpgroup."""
+            tail_s[slot] = probabilities
+            told_s[alpha_at] = alpha
+            told_s[alpha_at + 1] = m
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(p_ready.at[slot])
+
+        def rescale(out, alpha):
+            value = out[...]
+            out[...] = value * spread(alpha, value, 0)
+
+        def add_product(out, a, b):
+            if interpret:
+                out[...] += pl.run_scoped(lambda sum: (plgpu.wgmma(sum, a, b), sum[...])[1], plgpu.ACC(out.shape))
+            else:
+                plgpu.wgmma(out, a, b)
+
+        def accumulate(attend, half):
+            if not interpret:
+                return pl.run_scoped(attend, plgpu.ACC((HEADS, HALF), jnp.float32))
+            sums[half][...] = jnp.zeros((HEADS, HALF), jnp.float32)
+            return attend(sums[half])
+
+        def values(slot, half):
+            return tile_s.at[slot, :, pl.ds(half * HALF, HALF)]
+
+        def store(out, m, l, half):
+            sink = vector(sinks_g.at[heads], 1, optimized=False) * LOG2_E
+            top = jnp.maximum(m, sink)
+            alpha = jnp.exp2(m - top)
+            total = l * alpha + jnp.exp2(sink - top)
+            q_s[half] = (out * spread(jnp.where(total > 0, alpha / total, 0.0), out, 0)).astype(out_g.dtype)
+            if half == 0:
+                lse_s[...] = (top + jnp.log2(total)) / LOG2_E
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_s.at[half], out_g.at[row, heads, pl.ds(half * HALF, HALF)])
+            if half == 0:
+                plgpu.copy_smem_to_gmem(lse_s, lse_g.at[row, heads])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == 0)
+        def left():
+            plgpu.set_max_registers(216, action="increase")
+            plgpu.copy_gmem_to_smem(q_g.at[row, heads, pl.ds(0, HALF)], q_s.at[0], q_ready)
+            plgpu.copy_gmem_to_smem(q_g.at[row, heads, pl.ds(HALF, HALF)], q_s.at[1], q_ready)
+            if has_tail:
+                plgpu.copy_gmem_to_smem(q_g.at[row, heads, pl.ds(V_DIM, rows.CHUNK)], q_tail_s.at[0], q_ready)
+            plgpu.barrier_wait(q_ready)
+
+            def attend(out):
+                def step(i, carry):
+                    m, l = carry
+                    s = scores(0, i)
+                    top = jnp.maximum(m, s.max(axis=1))
+                    alpha = jnp.exp2(m - top)
+                    p = jnp.exp2(s - spread(top, s, 0))
+                    p16 = p.astype(kv.dtype)
+                    tell(p16, 0, _AL0, alpha, top)
+                    l = l * alpha + p.sum(axis=1)
+                    rescale(out, alpha)
+                    add_product(out, tail_s.at[0] if interpret else p16, values(0, 0))
+                    plgpu.wgmma_wait(0)
+                    free(_LEFT0)
+                    plgpu.barrier_wait(p_ready.at[1])
+                    alpha, m = vector(told_s.at[_AL1], 1), vector(told_s.at[_M1], 1)
+                    rescale(out, alpha)
+                    add_product(out, tail_s.at[1], values(1, 0))
+                    plgpu.wgmma_wait(0)
+                    free(_LEFT1)
+                    return m, l * alpha
+
+                m, l = lax.fori_loop(0, num_steps, step, (filled(_MINUS_INF), filled(0.0)))
+                return out[...], m, l
+
+            out, m, l = accumulate(attend, 0)
+            told_s[_L0] = l
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(p_ready.at[0])
+            plgpu.barrier_wait(p_ready.at[1])
+            store(out, m, l + vector(told_s.at[_L1], 1), 0)
+
+        @pl.when(wg == 1)
+        def right():
+            plgpu.set_max_registers(216, action="increase")
+            plgpu.barrier_wait(q_ready)
+
+            def attend(out):
+                def step(i, carry):
+                    _, l = carry
+                    s = scores(1, i)
+                    top = s.max(axis=1)
+                    plgpu.barrier_wait(p_ready.at[0])
+                    alpha0, m = vector(told_s.at[_AL0], 1), vector(told_s.at[_M0], 1)
+                    rescale(out, alpha0)
+                    add_product(out, tail_s.at[0], values(0, 1))
+                    top = jnp.maximum(m, top)
+                    alpha = jnp.exp2(m - top)
+                    p = jnp.exp2(s - spread(top, s, 0))
+                    p16 = p.astype(kv.dtype)
+                    tell(p16, 1, _AL1, alpha, top)
+                    l = l * (alpha0 * alpha) + p.sum(axis=1)
+                    plgpu.wgmma_wait(0)
+                    free(_RIGHT0)
+                    rescale(out, alpha)
+                    add_product(out, tail_s.at[1] if interpret else p16, values(1, 1))
+                    plgpu.wgmma_wait(0)
+                    free(_RIGHT1)
+                    return top, l
+
+                m, l = lax.fori_loop(0, num_steps, step, (filled(_MINUS_INF), filled(0.0)))
+                return out[...], m, l
+
+            out, m, l = accumulate(attend, 1)
+            plgpu.barrier_wait(p_ready.at[0])
+            told_s[_L1] = l
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(p_ready.at[1])
+            store(out, m, l + vector(told_s.at[_L0], 1), 1)
+
+        @pl.when(wg == 2)
+        def gather():
+            plgpu.set_max_registers(72, action="decrease")
+            kv_rows = kv_g.at[lax.div(row, queries)]
+            if not interpret:
+                row_steps = steps_g.at[pl.ds(row, 1)]
+                rows.gather(
+                    kv_rows, indices_g.at[row], row_steps, tile_s, tail_s, bias_s, barriers, parts, slots=2
+                )
+                return
+
+            def step(i, _):
+                for number, part in enumerate(parts):
+                    pl.when(i > 0)(lambda number=number: plgpu.barrier_wait(freed.at[number]))
+
+                    def one(r, _, part=part):
+                        index = indices_g[row, i * STEP + part.slot * rows.ROWS + r]
+                        valid = (index >= 0) & (index < num_keys)
+                        source = jnp.where(valid, index, 0)
+                        if part.first:
+                            bias_s[part.slot, r] = jnp.where(valid, 0.0, -jnp.inf)
+                        for chunk in part.chunks:
+                            columns = kv_rows[source, pl.ds(chunk * rows.CHUNK, rows.CHUNK)]
+                            columns = jnp.where(valid, columns, jnp.zeros_like(columns))
+                            if chunk < 8:
+                                tile_s[part.slot, r, pl.ds(chunk * rows.CHUNK, rows.CHUNK)] = columns
+                            else:
+                                tail_s[part.slot, r] = columns
+                        return ()
+
+                    lax.fori_loop(0, rows.ROWS, one, ())
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(full.at[number])
+                return ()
+
+            lax.fori_loop(0, num_steps, step, ())
+
+    def tiles(*shape):
+        return plgpu.SMEM(shape, q.dtype, transforms=mosaic.swizzled(q.dtype))
+
+    return plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((num_rows, num_heads, V_DIM), q.dtype),
+            jax.ShapeDtypeStruct((num_rows, num_heads), jnp.float32),
+        ),
+        scratch_types=(
+            tiles(2, HEADS, HALF),
+            tiles(1, HEADS, rows.CHUNK) if has_tail else None,
+            tiles(2, rows.ROWS, V_DIM),
+            tiles(2, rows.ROWS, rows.CHUNK),
+            plgpu.SMEM((2, rows.ROWS), jnp.float32),
+            plgpu.SMEM((6, HEADS), jnp.float32),
+            plgpu.SMEM((HEADS,), jnp.float32),
+            rows.barrier_scratch(parts),
+            plgpu.Barrier(num_arrivals=3 if has_tail else 2),
+            plgpu.Barrier(num_arrivals=3),
+            plgpu.Barrier(num_barriers=2),
+            plgpu.Barrier(num_barriers=4),
+            plgpu.Barrier(num_barriers=4),
+            # An accumulator cannot be stored to in interpret mode: shared memory stands in for it.
+            *([plgpu.SMEM((HEADS, HALF), jnp.float32)] * 2 if interpret else ()),
+        ),
+        grid=(num_rows, num_heads // HEADS),
+        grid_names=("row", "heads"),
+        num_threads=3,
+        thread_name="wg",
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
+    )(q, kv, indices, steps, sinks)
