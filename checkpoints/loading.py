@@ -7,7 +7,7 @@ import logging
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -80,24 +80,31 @@ class Reader:
             return str(info.file), info.offset
 
         def one(read: Read) -> int:
-            read_as(self.files, read.name, self.plan.scales.get(read.name), read.index, read.out)
+            self.read_now([read])
             return read.out.nbytes
 
         for done in self.pool.map(one, sorted(reads, key=place)):
             self.progress(done)
 
+    def read_now(self, reads: Iterable[Read]) -> None:
+        """On the calling thread."""
+        for read in reads:
+            read_as(self.files, read.name, self.plan.scales.get(read.name), read.index, read.out)
+
     def reads(self, parameter: Parameter, box: Box, out: np.ndarray) -> Iterator[Read]:
         """What fills `out` with `variable[box]`."""
-        lead, box = (box[0], box[1:]) if parameter.stacked else (None, box)
-        for row, layer in enumerate(parameter.layers):
-            if lead is not None and not lead.start <= row < lead.stop:
-                continue
-            target = out[row - lead.start] if lead is not None else out
-            for index, name in self.plan.sources[layer, parameter.path].items():
-                depth = len(index)
-                if all(s.start <= i < s.stop for i, s in zip(index, box, strict=False)):
-                    inside = tuple(i - s.start for i, s in zip(index, box, strict=False))
-                    yield Read(name, box[depth:], target[(*inside, ...)])
+        if not parameter.stacked:
+            yield from self.layer_reads(parameter.layers[0], parameter.path, box, out)
+            return
+        for row in range(box[0].start, box[0].stop):
+            yield from self.layer_reads(parameter.layers[row], parameter.path, box[1:], out[row - box[0].start])
+
+    def layer_reads(self, layer: int, path: str, box: Box, out: np.ndarray) -> Iterator[Read]:
+        """What fills `out` with `parameter[box]` of one layer."""
+        for index, name in self.plan.sources[layer, path].items():
+            if all(s.start <= i < s.stop for i, s in zip(index, box, strict=False)):
+                inside = tuple(i - s.start for i, s in zip(index, box, strict=False))
+                yield Read(name, box[len(index) :], out[(*inside, ...)])
 
 
 def _load_on_host(reader: Reader, plan: Plan, mesh: Mesh | None) -> dict[tuple, jax.Array]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dsparse.checkpoints.mapping import TOP, Layout, Rule, Slot, layout_of
+from dsparse.checkpoints.mapping import TOP, Layout, Rule, Slot
 from dsparse.checkpoints.tensorfiles import TensorFiles, TensorInfo, natural, shorten
 from dsparse.config import ModelConfig
 from dsparse.errors import DsparseError
@@ -47,6 +48,10 @@ class Parameter:
     stacked: bool
 
     @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
     def layer_shape(self) -> tuple[int, ...]:
         return self.shape[1:] if self.stacked else self.shape
 
@@ -60,7 +65,6 @@ class Plan:
     """
 
     config: ModelConfig
-    layout: Layout
     graphdef: Any
     state: nnx.State
     parameters: list[Parameter]
@@ -97,16 +101,16 @@ def _locate(key: tuple[Any, ...], runs, config: ModelConfig) -> tuple[tuple[int,
 
 
 def make_plan(
-    files: TensorFiles, config: ModelConfig, *, where: str, dtype: jnp.dtype | None, mesh: Mesh | None = None
+    files: TensorFiles, config: ModelConfig, layout: Layout, origin: Origin, dtype: jnp.dtype | None, mesh: Mesh | None = None
 ) -> Plan:
     """Match tensors with parameters.
 
-    dtype: to cast to, or None to keep each tensor as stored. where: the checkpoint's name in messages.
+    origin: gains what must be remembered for an export. dtype: to cast to, or None to keep each tensor as stored.
 
     Raises:
         DsparseError: tensors are missing, unexpected or of the wrong shape; all of them are in the one message.
     """
-    layout, notes, origin = layout_of(config), [], Origin(where)
+    notes: list[str] = []
     slots, clashes = _read_names(files, layout, origin)
     config = _count_mtp_layers(config, slots, notes)
     _tie_copies(files, config, layout, slots, origin, notes)
@@ -121,10 +125,10 @@ def make_plan(
     parameters = model_parameters(state, abstract.runs, config)
     errors = clashes + mixed + unscaled + _compare(files, layout, parameters, sources, rules, slots, origin)
     if errors:
-        raise DsparseError(f"{where}: the tensors do not match the config: " + "; ".join(errors))
+        raise DsparseError(f"{origin.path}: the tensors do not match the config: " + "; ".join(errors))
     for note in notes:
-        logger.info("%s: %s", where, note)
-    return Plan(config, layout, graphdef, state, parameters, sources, scales, origin, notes)
+        logger.info("%s: %s", origin.path, note)
+    return Plan(config, graphdef, state, parameters, sources, scales, origin, notes)
 
 
 def _read_names(files: TensorFiles, layout: Layout, origin: Origin) -> tuple[dict[str, tuple[Slot, Rule]], list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import ml_dtypes
@@ -22,20 +23,28 @@ def read_as(files: TensorFiles, name: str, scale_name: str | None, index: tuple[
         files.read_into(name, index, out)
         return
     scale = None if scale_name is None else files.read(scale_name).astype(np.float32)
+    matrix = max(0, len(index) - 2)  # leading axes are cast one index at a time, rows a few MiB at a time
+    for lead in itertools.product(*(range(s.start, s.stop) for s in index[:matrix])):
+        at = tuple(slice(i, i + 1) for i in lead)
+        target = out[tuple(i - s.start for i, s in zip(lead, index[:matrix], strict=True)) + (...,)]
+        for begin, end in _row_blocks(index[matrix:], info.dtype.itemsize):
+            rows = index[matrix:] if begin is None else (slice(begin, end), *index[matrix + 1 :])
+            part = target if begin is None else target[begin - index[matrix].start : end - index[matrix].start]
+            raw = np.empty(part.shape, info.dtype)
+            files.read_into(name, (*at, *rows), raw.reshape((1,) * matrix + raw.shape))
+            if scale is None:
+                cast_into(raw, part)
+            else:
+                dequantize_into(raw, scale[lead], rows, part)
+
+
+def _row_blocks(index: tuple[slice, ...], itemsize: int):
+    """Ranges of rows of about CAST_BYTES; (None, None) for a scalar."""
     if not index:
-        out[...] = files.read(name).astype(out.dtype)
-        return
-    row_bytes = math.prod(out.shape[1:]) * info.dtype.itemsize
+        return [(None, None)]
+    row_bytes = itemsize * math.prod(s.stop - s.start for s in index[1:])
     step = max(FP8_BLOCK, CAST_BYTES // max(1, row_bytes))
-    for begin in range(0, out.shape[0], step):
-        rows = slice(index[0].start + begin, min(index[0].start + begin + step, index[0].stop))
-        raw = np.empty((rows.stop - rows.start, *out.shape[1:]), info.dtype)
-        files.read_into(name, (rows, *index[1:]), raw)
-        target = out[begin : begin + len(raw)]
-        if scale is None:
-            cast_into(raw, target)
-        else:
-            dequantize_into(raw, scale, (rows, *index[1:]), target)
+    return [(begin, min(begin + step, index[0].stop)) for begin in range(index[0].start, index[0].stop, step)]
 
 
 def cast_into(source: np.ndarray, out: np.ndarray) -> None:
@@ -43,7 +52,7 @@ def cast_into(source: np.ndarray, out: np.ndarray) -> None:
     if source.dtype == _BF16 and out.dtype == _F32:  # bf16 is float32's upper half: much faster than an element-wise cast
         np.left_shift(source.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
     else:
-        np.copyto(out, source.astype(out.dtype), casting="unsafe")
+        np.copyto(out, source.astype(out.dtype))
 
 
 def dequantize_into(raw: np.ndarray, scale_inv: np.ndarray, index: tuple[slice, slice], out: np.ndarray) -> None:

@@ -17,8 +17,8 @@ import numpy as np
 from flax import nnx
 
 from dsparse.checkpoints.mapping import TOP, Layout, Slot, layout_of
-from dsparse.checkpoints.plan import Parameter, model_parameters
-from dsparse.checkpoints.tensorfiles import DTYPE_NAMES, natural
+from dsparse.checkpoints.plan import SCALE, Parameter, model_parameters
+from dsparse.checkpoints.tensorfiles import DTYPE_NAMES, natural, shorten
 from dsparse.config import ModelConfig
 from dsparse.errors import DsparseError
 from dsparse.model import Model
@@ -127,18 +127,17 @@ def _write_all(stream, data) -> None:
         view = view[stream.write(view[:WRITE_BYTES]) :]
 
 
-def export_config(config: ModelConfig, dtypes: Sequence[np.dtype], sizes: Sequence[int]) -> dict[str, Any]:
-    """config.json with every entry it came with, its dtype and quantization brought in line with the tensors."""
+def export_config(config: ModelConfig, parameters: Sequence[Parameter]) -> dict[str, Any]:
+    """config.json with every entry it came with, its dtype and quantization brought in line with the parameters."""
     written = dict(config.huggingface)
     floats: dict[str, int] = {}
-    for dtype, size in zip(dtypes, sizes, strict=True):
-        if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1:
-            floats[dtype.name] = floats.get(dtype.name, 0) + size
-    if floats:
-        main = max(floats, key=floats.get)
-        if main != config.dtype:
-            written["torch_dtype" if "torch_dtype" in written and "dtype" not in written else "dtype"] = main
-    if not any(dtype in FLOAT8 for dtype in dtypes):
+    for p in parameters:
+        if jnp.issubdtype(p.dtype, jnp.floating) and p.dtype.itemsize > 1 and not p.path.endswith(SCALE):
+            floats[p.dtype.name] = floats.get(p.dtype.name, 0) + p.nbytes
+    main = max(floats, key=floats.get, default=config.dtype)
+    if main != config.dtype:
+        written["torch_dtype" if "torch_dtype" in written and "dtype" not in written else "dtype"] = main
+    if not any(p.dtype in FLOAT8 for p in parameters):
         written.pop("quantization_config", None)
     return written
 
@@ -195,13 +194,37 @@ def save_huggingface(model: Model, path: Path, max_shard_size: int, force: bool)
     parameters = model_parameters(state, model.runs, model.config)
     exports = exports_of(layout, origin, parameters)
     value = LayerReader(state, parameters, origin)
-    config = export_config(model.config, [e.dtype for e in exports], [e.nbytes for e in exports])
+    config = export_config(model.config, parameters)
     with new_folder(path, sum(e.nbytes for e in exports), force) as folder:
         shards = shard(exports, max_shard_size)
         for name, part in zip(shard_names(len(shards)), shards, strict=True):
             write_shard(folder / name, part, value)
         write_index(folder, shards)
         write_side_files(folder, config, origin)
+
+
+def save_native(model: Model, path: Path, force: bool) -> None:
+    """Write a model as dsparse's own checkpoint, holding one layer on the host at a time."""
+    from dsparse.checkpoints import native
+
+    state, origin = nnx.state(model), model.origin
+    parameters = model_parameters(state, model.runs, model.config)
+    values = LayerReader(state, parameters, origin)
+    config = export_config(model.config, parameters)
+    with new_folder(path, sum(p.nbytes for p in parameters), force) as folder:
+        for layer, paths in by_layer(parameters).items():
+            native.write_layer(folder, layer, {p: values.fetch(layer, p) for p in paths})
+        write_side_files(folder, config, origin)
+        native.write_manifest(folder, origin)
+
+
+def by_layer(parameters: Sequence[Parameter]) -> dict[int, dict[str, Parameter]]:
+    """Parameters of each layer by path, the first layer first and what is outside the layers last."""
+    layers: dict[int, dict[str, Parameter]] = {}
+    for parameter in parameters:
+        for layer in parameter.layers:
+            layers.setdefault(layer, {})[parameter.path] = parameter
+    return dict(sorted(layers.items(), key=lambda item: (item[0] == TOP, item[0])))
 
 
 class LayerReader:
@@ -223,10 +246,10 @@ class LayerReader:
         if layer != self.layer:
             self.layer, self.host = layer, {}
         if path not in self.host:
-            self.host[path] = self._fetch(layer, path)
+            self.host[path] = self.fetch(layer, path)
         return self.host[path][index]
 
-    def _fetch(self, layer: int, path: str) -> np.ndarray:
+    def fetch(self, layer: int, path: str) -> np.ndarray:
         variable, row = self.where[layer, path]
         array = variable[...]
         devices = array.sharding.device_set

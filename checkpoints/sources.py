@@ -1,23 +1,60 @@
-"""Opening a Hugging Face folder: which files hold the weights, and which small files travel with them."""
+"""Opening a checkpoint of any format: which files hold the weights, and which small files travel with them."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
+from dsparse.checkpoints import native
+from dsparse.checkpoints.mapping import Layout, layout_of
 from dsparse.checkpoints.tensorfiles import TensorFiles, list_safetensors
+from dsparse.config import ModelConfig
 from dsparse.errors import DsparseError
+from dsparse.origin import Origin
 
 SIDE_FILE_BYTES = 64 << 20
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz", ".lock"}
-REPLACED = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", "dsparse.json"}
+REPLACED = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", native.MANIFEST}
+JOURNAL = "conversion.json"  # in a folder that is still being converted
 
 
-def open_checkpoint(folder: Path, allow_pickle: bool = False) -> TensorFiles:
-    """The tensors of a Hugging Face folder.
+class Checkpoint(NamedTuple):
+    """An opened checkpoint. native: in dsparse's own format, else Hugging Face's."""
+
+    files: TensorFiles
+    config: ModelConfig
+    layout: Layout
+    origin: Origin
+    native: bool
+
+
+def open_checkpoint(folder: Path, allow_pickle: bool = False) -> Checkpoint:
+    """Read a checkpoint's config and list its tensors. Close `files` when done.
 
     Raises:
-        DsparseError: there are none, or a file is damaged, or only pickles are there and `allow_pickle` is off.
+        DsparseError: no checkpoint is there, or a file is damaged, or only pickles are there and `allow_pickle` is off.
     """
+    if not folder.is_dir():
+        unfinished = partial_folder(folder)
+        hint = f"; {unfinished} is an unfinished conversion: run it again" if unfinished.exists() else ""
+        raise DsparseError(f"{folder}: not found; expected the folder of a model{hint}")
+    if (folder / JOURNAL).exists():
+        raise DsparseError(f"{folder}: an unfinished conversion; run the same conversion again to finish it")
+    config = ModelConfig.from_huggingface(folder)
+    if native.is_native(folder):
+        origin = native.read_manifest(folder)
+        origin.files.update(side_files(folder))
+        return Checkpoint(TensorFiles(native.list_native(folder)), config, native.LAYOUT, origin, native=True)
+    files = _open_huggingface(folder, allow_pickle)
+    return Checkpoint(files, config, layout_of(config), Origin(str(folder), side_files(folder)), native=False)
+
+
+def partial_folder(destination: Path) -> Path:
+    """Where a conversion to `destination` is built before it is renamed."""
+    return destination.with_name(f".{destination.name}.partial")
+
+
+def _open_huggingface(folder: Path, allow_pickle: bool) -> TensorFiles:
     has_pickles = any(folder.glob("pytorch_model*.bin"))
     if any(folder.glob("*.safetensors*")) or not has_pickles:
         return TensorFiles(list_safetensors(folder))

@@ -8,7 +8,6 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dsparse.config import ModelConfig
 from dsparse.errors import DsparseError
 from dsparse.model import Model
 from dsparse.sharding import make_mesh
@@ -57,17 +56,14 @@ def from_pretrained(
     """
     from dsparse.checkpoints.loading import load_model
     from dsparse.checkpoints.plan import make_plan
-    from dsparse.checkpoints.sources import open_checkpoint, side_files
+    from dsparse.checkpoints.sources import open_checkpoint
 
     if quantization is not None:
         raise DsparseError(f"quantization {quantization!r} is not supported")
-    path, dtype, mesh = Path(path), parse_dtype(dtype), make_mesh(mesh)
-    if not path.is_dir():
-        raise DsparseError(f"{path}: not found; expected the folder of a model")
-    config = ModelConfig.from_huggingface(path)
-    with open_checkpoint(path, allow_pickle=allow_pickle) as files:
-        plan = make_plan(files, config, where=str(path), dtype=dtype, mesh=mesh)
-        plan.origin.files.update(side_files(path))
+    dtype, mesh = parse_dtype(dtype), make_mesh(mesh)
+    source = open_checkpoint(Path(path), allow_pickle=allow_pickle)
+    with source.files as files:
+        plan = make_plan(files, source.config, source.layout, source.origin, dtype, mesh)
         return load_model(files, plan, mesh)
 
 
@@ -82,10 +78,11 @@ def save_pretrained(
     Raises:
         DsparseError: the folder exists (unless `force`), or the disk is too small.
     """
-    from dsparse.checkpoints.saving import save_huggingface
+    from dsparse.checkpoints import saving
 
     if format not in FORMATS:
         raise DsparseError(f"format {format!r} is not supported (known: {', '.join(FORMATS)})")
     if format == "dsparse":
-        raise NotImplementedError
-    save_huggingface(model, Path(path), parse_size(max_shard_size), force)
+        saving.save_native(model, Path(path), force)
+    else:
+        saving.save_huggingface(model, Path(path), parse_size(max_shard_size), force)

@@ -1,0 +1,238 @@
+"""Converting checkpoints between formats and dtypes, streaming: memory for about one layer, however large the model.
+
+Work happens in a hidden folder beside the destination, which is renamed when everything is there. If it is interrupted,
+the same conversion started again goes on after the last finished layer or file.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsparse.checkpoints import native, saving
+from dsparse.checkpoints.loading import THREADS, Reader, aligned_empty, warn_nonfinite
+from dsparse.checkpoints.mapping import layout_of
+from dsparse.checkpoints.plan import Plan, make_plan
+from dsparse.checkpoints.sources import JOURNAL, Checkpoint, open_checkpoint, partial_folder
+from dsparse.errors import DsparseError
+from dsparse.pretrained import FORMATS, parse_dtype, parse_size
+
+AHEAD_BYTES = 64 << 20  # tensors read ahead of the one being written
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a conversion did. Sizes in bytes; peak_memory is that of the whole process so far."""
+
+    source: str
+    destination: str
+    format: str
+    tensors: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    peak_memory: int
+    resumed_from: int
+    nonfinite: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        speed = self.bytes_written / max(self.seconds, 1e-9)
+        lines = [
+            f"{self.destination}: {self.format}, {self.tensors} tensors, {self.bytes_written / 1e9:.2f} GB "
+            f"in {self.seconds:.1f} s ({speed / 1e9:.2f} GB/s), peak memory {self.peak_memory / 2**30:.2f} GiB"
+        ]
+        if self.resumed_from:
+            lines.append(f"went on from an interrupted conversion with {self.resumed_from / 1e9:.2f} GB done")
+        lines += [f"note: {note}" for note in self.notes]
+        if self.nonfinite:
+            lines.append(f"warning: {saving.shorten(self.nonfinite, 'tensor')} with NaN or infinite values")
+        return "\n".join(lines)
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    format: str | None = None,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    allow_pickle: bool = False,
+    force: bool = False,
+    max_shard_size: int | str = "5GB",
+    progress: bool = True,
+) -> Report:
+    """Convert a checkpoint from and to Hugging Face's and dsparse's formats.
+
+    format: "huggingface" or "dsparse"; by default the other one. dtype: to cast to, None keeps every tensor as stored.
+    force: overwrite the destination.
+
+    Raises:
+        DsparseError: bad input, an existing destination or a full disk; or an interruption, which it says how to go on from.
+    """
+    started, source, destination = time.monotonic(), Path(source), Path(destination)
+    checkpoint = open_checkpoint(source, allow_pickle)
+    format = format or ("huggingface" if checkpoint.native else "dsparse")
+    if format not in FORMATS:
+        raise DsparseError(f"format {format!r} is not supported (known: {', '.join(FORMATS)})")
+    if quantization is not None:
+        raise DsparseError(f"quantization {quantization!r} is not supported")
+    with checkpoint.files as files, concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        plan = make_plan(files, checkpoint.config, checkpoint.layout, checkpoint.origin, parse_dtype(dtype))
+        job = Job(plan, files, pool, parse_size(max_shard_size), progress)
+        options = {"format": format, "dtype": dtype, "max_shard_size": job.max_shard_size}
+        work = job.write_native if format == "dsparse" else job.write_huggingface
+        total = sum(p.nbytes for p in plan.parameters)
+        with _partial(checkpoint, source, destination, options, total, force) as partial:
+            work(partial)
+    warn_nonfinite(files)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Report(
+        str(source), str(destination), format, len(files.tensors), files.bytes_read, job.written,
+        time.monotonic() - started, peak, job.resumed, tuple(sorted(files.nonfinite, key=saving.natural)), tuple(plan.notes),
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _partial(
+    checkpoint: Checkpoint, source: Path, destination: Path, options: dict[str, Any], total: int, force: bool
+) -> Iterator[Path]:
+    """The folder to build in, with what an interrupted run of the same conversion left; renamed at the end."""
+    partial = partial_folder(destination)
+    journal = {"source": str(source.absolute()), "files": _fingerprint(checkpoint), **options}
+    if _read_journal(partial) != journal:
+        shutil.rmtree(partial, ignore_errors=True)
+    done = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.exists() else 0
+    saving.check_destination(destination, total - min(done, total), force)
+    partial.mkdir(parents=True, exist_ok=True)
+    with (partial / JOURNAL).open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DsparseError(f"{destination}: another conversion is writing it") from None
+        lock.truncate(0)
+        lock.write(json.dumps(journal))
+        lock.flush()
+        again = f"the same command goes on from there, or delete {partial}"
+        try:
+            yield partial
+        except KeyboardInterrupt:
+            raise DsparseError(f"{destination}: interrupted; finished parts are kept: {again}") from None
+        except OSError as error:
+            raise DsparseError(f"{destination}: not finished ({error.strerror or error}); {again}") from error
+        (partial / JOURNAL).unlink()
+    saving.replace_folder(partial, destination)
+
+
+def _read_journal(partial: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((partial / JOURNAL).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _fingerprint(checkpoint: Checkpoint) -> list[list[Any]]:
+    """Names, sizes and times of the files the weights come from."""
+    files = sorted({info.file for info in checkpoint.files.tensors.values()})
+    return [[file.name, (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files]
+
+
+class Job:
+    """Writes a planned checkpoint in either format."""
+
+    def __init__(self, plan: Plan, files, pool: concurrent.futures.Executor, max_shard_size: int, progress: bool):
+        self.plan, self.pool, self.max_shard_size = plan, pool, max_shard_size
+        self.written = self.resumed = 0
+        self.layers = saving.by_layer(plan.parameters)
+        self.bar = _progress_bar(sum(p.nbytes for p in plan.parameters), enabled=progress)
+        self.reader = Reader(files, plan, pool, self.bar.update)
+
+    def write_native(self, folder: Path) -> None:
+        """Layer by layer; a layer's item is renamed into place by Orbax when it is complete."""
+        with self.bar:
+            for layer, parameters in self.layers.items():
+                size = sum(math.prod(p.layer_shape) * p.dtype.itemsize for p in parameters.values())
+                if (folder / native.WEIGHTS / native.item_name(layer)).exists():
+                    self.resumed += size
+                    self.bar.update(size)
+                    continue
+                native.write_layer(folder, layer, self._read_layer(layer))
+                self.written += size
+        saving.write_side_files(folder, self._config(), self.plan.origin)
+        native.write_manifest(folder, self.plan.origin)
+
+    def _read_layer(self, layer: int) -> dict[str, np.ndarray]:
+        arrays, reads = {}, []
+        for path, parameter in self.layers[layer].items():
+            arrays[path] = aligned_empty(parameter.layer_shape, parameter.dtype)
+            box = tuple(slice(0, n) for n in parameter.layer_shape)
+            reads += self.reader.layer_reads(layer, path, box, arrays[path])
+        self.reader.run(reads)
+        return arrays
+
+    def write_huggingface(self, folder: Path) -> None:
+        """File by file; a file gets its name when it is complete."""
+        exports = saving.exports_of(layout_of(self.plan.config), self.plan.origin, self.plan.parameters)
+        shards = saving.shard(exports, self.max_shard_size)
+        with self.bar:
+            for name, part in zip(saving.shard_names(len(shards)), shards, strict=True):
+                size = sum(export.nbytes for export in part)
+                if (folder / name).exists():
+                    self.resumed += size
+                    self.bar.update(size)
+                    continue
+                values = read_ahead(part, self._read_export, self.pool)
+                saving.write_shard(folder / name, part, lambda _, values=values: next(values), self.bar.update)
+                self.written += size
+        saving.write_index(folder, shards)
+        saving.write_side_files(folder, self._config(), self.plan.origin)
+
+    def _read_export(self, export: saving.Export) -> np.ndarray:
+        if export.slot is None:
+            return self.plan.origin.kept[export.name]
+        layer, path, index = export.slot
+        parameter = self.layers[layer][path]
+        rest = parameter.layer_shape[len(index) :]
+        out = np.empty(rest, parameter.dtype)
+        box = (*(slice(i, i + 1) for i in index), *(slice(0, n) for n in rest))
+        self.reader.read_now(self.reader.layer_reads(layer, path, box, out.reshape((1,) * len(index) + rest)))
+        return out
+
+    def _config(self) -> dict[str, Any]:
+        return saving.export_config(self.plan.config, self.plan.parameters)
+
+
+def read_ahead(
+    exports: list[saving.Export], read: Callable[[saving.Export], np.ndarray], pool: concurrent.futures.Executor
+) -> Iterator[np.ndarray]:
+    """Values in order, the next ones being read while one is written, up to AHEAD_BYTES of them."""
+    waiting: collections.deque[tuple[int, concurrent.futures.Future]] = collections.deque()
+    ahead = 0
+    for export in exports:
+        waiting.append((export.nbytes, pool.submit(read, export)))
+        ahead += export.nbytes
+        while ahead > AHEAD_BYTES and len(waiting) > 1:
+            size, value = waiting.popleft()
+            yield value.result()
+            ahead -= size
+    while waiting:
+        yield waiting.popleft()[1].result()
+
+
+def _progress_bar(total: int, enabled: bool):
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=None if enabled else True, mininterval=0.5)
