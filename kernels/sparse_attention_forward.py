@@ -52,7 +52,7 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, interpret=None):
     """
     num_rows, num_heads, head_dim = q.shape
     batch, num_keys, _ = kv.shape
-    queries = num_rows // batch
+    queries, head_blocks = num_rows // batch, num_heads // HEADS
     has_tail = head_dim > V_DIM
     parts = gather_parts(head_dim)
     layout = plgpu.Layout.WGMMA
@@ -69,7 +69,9 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, interpret=None):
 
     def kernel(q_g, kv_g, indices_g, steps_g, sinks_g, out_g, lse_g, *scratch):
         q_s, q_tail_s, tile_s, tail_s, bias_s, told_s, lse_s, barriers, q_ready, start, p_ready, full, freed, *sums = scratch
-        row, heads = lax.axis_index("row"), pl.ds(lax.axis_index("heads") * HEADS, HEADS)
+        # One grid axis: a second one could not exceed 65535. The head blocks of a query share its rows in the cache.
+        block = lax.axis_index("block")
+        row, heads = lax.div(block, head_blocks), pl.ds(lax.rem(block, head_blocks) * HEADS, HEADS)
         wg = lax.axis_index("wg")
         num_steps = steps_g[row]
 
@@ -281,8 +283,8 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, interpret=None):
             # An accumulator cannot be stored to in interpret mode: shared memory stands in for it.
             *([plgpu.SMEM((HEADS, HALF), jnp.float32)] * 2 if interpret else ()),
         ),
-        grid=(num_rows, num_heads // HEADS),
-        grid_names=("row", "heads"),
+        grid=(num_rows * head_blocks,),
+        grid_names=("block",),
         num_threads=3,
         thread_name="wg",
         interpret=interpret,
