@@ -114,11 +114,14 @@ class Model(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Final norm and head, float32."""
-        hidden = self.norm(hidden)
+        return ops.linear(self.norm(hidden), *self.head(), out_dtype=jnp.float32)
+
+    def head(self) -> tuple[Float[Array, "V D"], Float[Array, "Vb Db"] | None]:
+        """The weight that turns normed hidden states into logits, and its block scales if it is stored in 8 bits."""
         if self.lm_head is None:
-            return ops.linear(hidden, self.embed_tokens.weight[...], out_dtype=jnp.float32)
+            return self.embed_tokens.weight[...], None
         scale = self.lm_head.weight_scale_inv
-        return ops.linear(hidden, self.lm_head.weight[...], None if scale is None else scale[...], out_dtype=jnp.float32)
+        return self.lm_head.weight[...], None if scale is None else scale[...]
 
     def init_cache(self, batch: int, slots: int) -> Cache:
         """An empty cache for `batch` rows of up to `slots` tokens, sharded as the mesh asks."""

@@ -73,6 +73,11 @@ def named_sharding(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh)
     return NamedSharding(mesh, partition_spec(axes, shape, mesh))
 
 
+def batch_ways(mesh: Mesh | None) -> int:
+    """Parts a batch is split into over the mesh."""
+    return 1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in RULES["batch"])
+
+
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh | None) -> Iterator[None]:
     """Make `mesh` the one that `constrain` and the sharded ops refer to while a computation is traced."""

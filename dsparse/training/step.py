@@ -1,0 +1,226 @@
+"""One training step: loss, gradients, AdamW, router bias update; sharded as the model's mesh says."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from dsparse.errors import DsparseError
+from dsparse.model import Model
+from dsparse.moe import MixtureOfExperts
+from dsparse.sharding import batch_ways, named_sharding, use_mesh
+from dsparse.training.config import TrainConfig
+from dsparse.training.data import Batch
+from dsparse.training.loss import cross_entropy
+
+Arrays = dict[str, Array]  # by dotted path in the model, such as "stacks.0.blocks.0.mlp.gate_up_proj"
+Metrics = dict[str, Any]
+Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
+
+UNTRAINED = ("mtp", "indexer")  # parts of the model that the next-token loss gives no gradient
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything a run changes. step: updates so far. params: trained, float32. frozen: the rest of the model."""
+
+    step: Array
+    params: Arrays
+    frozen: Arrays
+    optimizer: optax.OptState
+
+
+def make_train_step(model: Model, config: TrainConfig) -> tuple[TrainState, Step]:
+    """The first state and the compiled update `(state, batch) -> (state, metrics)`.
+
+    model: with float32 parameters. Its arrays become the state's, and each update consumes the arrays of the state it
+    is given: get a usable model back with `write_back`.
+
+    Metrics, scalars unless said: loss (mean over the learned tokens), balance_loss, grad_norm, learning_rate, tokens
+    (learned), expert_load (for each MoE layer, tokens of the busiest expert over the mean), finite. An update whose
+    loss or gradient is not finite changes nothing.
+
+    Raises:
+        DsparseError: the mesh does not divide the batch, or a loss is asked for that the model has no layers for.
+    """
+    _check(model, config)
+    model.dtype, model.remat = jnp.dtype(config.dtype), config.remat
+    graphdef, _ = nnx.split(model)
+    variables = named_variables(model)
+    trained = [name for name, variable in variables.items() if is_trained(name, variable)]
+    params = {name: variables[name][...] for name in trained}
+    frozen = {name: variable[...] for name, variable in variables.items() if name not in params}
+    schedule = learning_rate_schedule(config)
+    optimizer = make_optimizer(config, schedule, {name: is_decayed(name, variables[name]) for name in trained})
+    shapes = jax.eval_shape(lambda p, f: TrainState(jnp.zeros((), jnp.int32), p, f, optimizer.init(p)), params, frozen)
+    shardings = state_shardings(shapes, variables, optimizer, model.mesh)
+    if shardings is not None:
+        params, frozen = jax.device_put((params, frozen), (shardings.params, shardings.frozen))
+    moments = jax.jit(optimizer.init, out_shardings=None if shardings is None else shardings.optimizer)(params)
+    state = TrainState(jnp.zeros((), jnp.int32), params, frozen, moments)
+    update = _Update(graphdef, optimizer, schedule, tuple(router_biases(model)), config)
+    return state, jax.jit(update, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+
+
+def _check(model: Model, config: TrainConfig) -> None:
+    rows, ways = config.batch_size // config.gradient_accumulation, batch_ways(model.mesh)
+    if rows % ways:
+        raise DsparseError(
+            f"mesh {config.mesh}: its {ways} parts of the batch do not divide the {rows} rows computed at once "
+            f"(batch_size {config.batch_size} / gradient_accumulation {config.gradient_accumulation})"
+        )
+    if config.mtp_loss_weight:
+        raise DsparseError("training option mtp_loss_weight: this model has no multi-token prediction layers to train")
+
+
+def named_variables(model: Model) -> dict[str, nnx.Variable]:
+    """The model's own variables by dotted path."""
+    return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(model))}
+
+
+def merge(graphdef: nnx.GraphDef, arrays: Arrays) -> Model:
+    """The model with these arrays."""
+    paths = [(tuple(int(p) if p.isdigit() else p for p in name.split(".")), a) for name, a in arrays.items()]
+    return nnx.merge(graphdef, nnx.from_flat_state(paths))
+
+
+def write_back(model: Model, state: TrainState) -> None:
+    """Give the model the state's arrays (until the next update consumes them)."""
+    nnx.update(model, nnx.state(merge(nnx.split(model)[0], state.params | state.frozen)))
+
+
+def is_trained(name: str, variable: nnx.Variable) -> bool:
+    """Buffers and parts that get no gradient are neither trained nor decayed."""
+    return isinstance(variable, nnx.Param) and not set(name.split(".")) & set(UNTRAINED)
+
+
+def is_decayed(name: str, variable: nnx.Variable) -> bool:
+    """Matrices are; norms' weights and biases are not."""
+    rank = sum(axis != "layers" for axis in variable.get_metadata("axes"))
+    return rank >= 2 and not name.endswith("bias")
+
+
+def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
+    """Learning rate of update 0, 1, ...: a linear warm-up to the peak, then the decay to the last update."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    falling, final = max(1, config.steps - warmup - 1), config.final_learning_rate
+    decay = {
+        "cosine": lambda: optax.cosine_decay_schedule(peak, falling, alpha=final),
+        "linear": lambda: optax.linear_schedule(peak, peak * final, falling),
+        "constant": lambda: optax.constant_schedule(peak),
+    }[config.schedule]()
+    if not warmup:
+        return decay
+    return optax.join_schedules([lambda step: peak * (step + 1) / warmup, decay], [warmup])
+
+
+def make_optimizer(config: TrainConfig, schedule: optax.Schedule, decayed: dict[str, bool]) -> optax.GradientTransformation:
+    clip = [optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
+    adamw = optax.adamw(
+        schedule, config.adam_beta1, config.adam_beta2, config.adam_epsilon, weight_decay=config.weight_decay, mask=decayed
+    )
+    return optax.chain(*clip, adamw)
+
+
+def state_shardings(
+    shapes: TrainState, variables: dict[str, nnx.Variable], optimizer: optax.GradientTransformation, mesh: Mesh | None
+) -> TrainState | None:
+    """Where every array of a state lives: a parameter's moments beside it, scalars everywhere. None without a mesh."""
+    if mesh is None:
+        return None
+
+    def of(arrays: Arrays) -> dict[str, NamedSharding]:
+        return {name: named_sharding(variables[name].get_metadata("axes"), a.shape, mesh) for name, a in arrays.items()}
+
+    params, everywhere = of(shapes.params), NamedSharding(mesh, PartitionSpec())
+    moments = optax.tree_map_params(
+        optimizer, lambda _, sharding: sharding, shapes.optimizer, params, transform_non_params=lambda _: everywhere
+    )
+    return TrainState(everywhere, params, of(shapes.frozen), moments)
+
+
+def router_biases(model: Model) -> list[str | None]:
+    """The selection bias of each entry of the routings that `Model.hidden_states` returns (None: it has none)."""
+    gates = [
+        (f"stacks.{s}.blocks.{b}.mlp.gate.e_score_correction_bias", block.mlp.gate)
+        for s, stack in enumerate(model.stacks)
+        for b, block in enumerate(stack.blocks)
+        if isinstance(block.mlp, MixtureOfExperts)
+    ]
+    return [name if hasattr(gate, "e_score_correction_bias") else None for name, gate in gates]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Update:
+    graphdef: nnx.GraphDef
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    router_biases: tuple[str | None, ...]
+    config: TrainConfig
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        gradients, loss, balance, loads = self.gradients(state, batch)
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        frozen = state.frozen | self.balanced_biases(state.frozen, loads)
+        new = TrainState(state.step + 1, params, frozen, optimizer)
+        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+        layers = [load.max(axis=-1) / load.mean(axis=-1) for load in loads]
+        metrics = {
+            "loss": loss,
+            "balance_loss": balance,
+            "grad_norm": norm,
+            "learning_rate": self.schedule(state.step),
+            "tokens": jnp.sum(batch.weights).astype(jnp.int32),
+            "expert_load": jnp.concatenate(layers) if layers else jnp.zeros(0),
+            "finite": finite,
+        }
+        return new, metrics
+
+    def gradients(self, state: TrainState, batch: Batch) -> tuple[Arrays, Array, Array, list[Float[Array, "layers E"]]]:
+        """Gradients, loss, balance loss and each MoE run's expert loads of the whole batch."""
+        parts, total = self.config.gradient_accumulation, jnp.maximum(jnp.sum(batch.weights), 1.0)
+        grad = jax.value_and_grad(self.loss, has_aux=True)
+
+        def part(rows):
+            (_, (loss, balance, loads)), gradients = grad(state.params, state.frozen, rows, total)
+            return gradients, loss, balance / parts, loads
+
+        if parts == 1:
+            return part(batch)
+        # part i takes rows i, i + parts, ...: each device keeps the rows it holds
+        rows = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, parts, *a.shape[1:]), 0, 1), batch)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(part, jax.tree.map(lambda a: a[0], rows)))
+        return jax.lax.scan(lambda sums, rows: (jax.tree.map(jnp.add, sums, part(rows)), None), zeros, rows)[0]
+
+    def loss(self, params: Arrays, frozen: Arrays, batch: Batch, total: Array):
+        """This part of the batch's contribution to the loss, which divides by the whole batch's `total` weight."""
+        model = merge(self.graphdef, params | frozen)
+        hidden, _, routings = model.hidden_states(batch.tokens, segment_ids=batch.segment_ids)
+        with use_mesh(model.mesh):
+            loss = cross_entropy(
+                model.norm(hidden), model.head()[0], batch.targets, batch.weights / total, batch_ways=batch_ways(model.mesh)
+            )
+        balance = sum((jnp.sum(routing.balance_loss) for routing in routings), start=jnp.zeros(()))
+        objective = loss + balance * (self.config.balance_loss_weight / self.config.gradient_accumulation)
+        return objective, (loss, balance, [routing.load for routing in routings])
+
+    def balanced_biases(self, frozen: Arrays, loads: list[Float[Array, "layers E"]]) -> Arrays:
+        """Selection biases moved towards underused experts, by a fixed step (arXiv:2408.15664, algorithm 1)."""
+        rate = self.config.router_bias_update_rate
+        return {
+            name: frozen[name] + rate * jnp.sign(load.mean(axis=-1, keepdims=True) - load).astype(frozen[name].dtype)
+            for name, load in zip(self.router_biases, loads, strict=True)
+            if name is not None
+        }
