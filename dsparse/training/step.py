@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float
 
 from dsparse.errors import DsparseError
@@ -61,14 +61,13 @@ def make_train_step(model: Model, config: TrainConfig) -> tuple[TrainState, Step
     frozen = {name: variable[...] for name, variable in variables.items() if name not in params}
     schedule = learning_rate_schedule(config)
     optimizer = make_optimizer(config, schedule, {name: is_decayed(name, variables[name]) for name in trained})
-    shapes = jax.eval_shape(lambda p, f: TrainState(jnp.zeros((), jnp.int32), p, f, optimizer.init(p)), params, frozen)
-    shardings = state_shardings(shapes, variables, optimizer, model.mesh)
-    if shardings is not None:
-        params, frozen = jax.device_put((params, frozen), (shardings.params, shardings.frozen))
-    moments = jax.jit(optimizer.init, out_shardings=None if shardings is None else shardings.optimizer)(params)
-    state = TrainState(jnp.zeros((), jnp.int32), params, frozen, moments)
+    start = jax.eval_shape(lambda p, f: TrainState(jnp.zeros((), jnp.int32), p, f, optimizer.init(p)), params, frozen)
+    shardings = state_shardings(start, variables, optimizer, model.mesh)
+    params, frozen = jax.device_put((params, frozen), (shardings.params, shardings.frozen))
+    moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(params)
+    state = TrainState(jax.device_put(jnp.zeros((), jnp.int32), shardings.step), params, frozen, moments)
     update = _Update(graphdef, optimizer, schedule, tuple(router_biases(model)), config)
-    return state, jax.jit(update, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+    return state, jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def _check(model: Model, config: TrainConfig) -> None:
@@ -133,15 +132,16 @@ def make_optimizer(config: TrainConfig, schedule: optax.Schedule, decayed: dict[
 
 def state_shardings(
     shapes: TrainState, variables: dict[str, nnx.Variable], optimizer: optax.GradientTransformation, mesh: Mesh | None
-) -> TrainState | None:
-    """Where every array of a state lives: a parameter's moments beside it, scalars everywhere. None without a mesh."""
-    if mesh is None:
-        return None
+) -> TrainState:
+    """Where every array of a state lives: a parameter's moments beside it, scalars everywhere."""
+    everywhere = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, PartitionSpec())
 
-    def of(arrays: Arrays) -> dict[str, NamedSharding]:
+    def of(arrays: Arrays) -> dict[str, Sharding]:
+        if mesh is None:
+            return dict.fromkeys(arrays, everywhere)
         return {name: named_sharding(variables[name].get_metadata("axes"), a.shape, mesh) for name, a in arrays.items()}
 
-    params, everywhere = of(shapes.params), NamedSharding(mesh, PartitionSpec())
+    params = of(shapes.params)
     moments = optax.tree_map_params(
         optimizer, lambda _, sharding: sharding, shapes.optimizer, params, transform_non_params=lambda _: everywhere
     )
