@@ -104,7 +104,8 @@ class Model(nnx.Module):
             tokens = constrain(tokens, "batch", None)
             rope = rope_cos_sin(self.config.rope_parameters, self.config.qk_rope_head_dim, positions)
             context = Context(tokens, positions, positions if slots is None else slots, segment_ids, rope, empty_cache)
-            x = constrain(self.embed_tokens.weight[...][tokens].astype(self.dtype), "batch", None, None)
+            table = constrain(self.embed_tokens.weight[...], "vocab", None)  # rows whole: the batch may be split over fsdp too
+            x = constrain(table[tokens].astype(self.dtype), "batch", None, None)
             new_cache, routings = [], []
             for index, stack in enumerate(self.stacks):
                 x, caches, routed = stack(x, context, None if cache is None else cache[index], self.remat)

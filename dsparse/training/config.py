@@ -76,10 +76,6 @@ _NOT_NEGATIVE = (
 
 def validate(config: TrainConfig) -> None:
     """Raise DsparseError naming the first option with an impossible value."""
-    for name, kind in typing.get_type_hints(TrainConfig).items():
-        value = getattr(config, name)
-        if not _is(value, kind):
-            raise DsparseError(f"training option {name}: expected {_describe(kind)}, found {value!r}")
     for names, least in ((_AT_LEAST_ONE, 1), (_NOT_NEGATIVE, 0)):
         for name in names:
             if not getattr(config, name) >= least:
@@ -120,13 +116,16 @@ def read_config(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise DsparseError(f"{file}: cannot be read as TOML ({error})") from error
     kinds = typing.get_type_hints(TrainConfig)
-    for name in values:
+    for name, value in values.items():
         if name not in kinds:
             raise DsparseError(f"{file}: unknown key {name!r} (known: {', '.join(kinds)})")
-    return {
-        name: tuple(value) if isinstance(value, list) else float(value) if kinds[name] is float and type(value) is int else value
-        for name, value in values.items()
-    }
+        if isinstance(value, list):
+            values[name] = value = tuple(value)
+        if kinds[name] is float and type(value) is int:
+            values[name] = value = float(value)
+        if not _is(value, kinds[name]):
+            raise DsparseError(f"{file}: {name}: expected {_describe(kinds[name])}, found {value!r}")
+    return values
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -172,7 +171,7 @@ def _is(value: Any, kind: Any) -> bool:
         return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     if isinstance(kind, types.UnionType):
         return any(_is(value, one) for one in typing.get_args(kind))
-    return type(value) is kind or (kind is float and type(value) is int)
+    return type(value) is kind
 
 
 def _describe(kind: Any) -> str:

@@ -12,7 +12,6 @@ attention apart. Two kinds of source:
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import json
 import logging
 import zlib
@@ -20,21 +19,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from dsparse.errors import DsparseError
 from dsparse.tokenizer import Tokenizer
 
 logger = logging.getLogger("dsparse.training")
 
-Row = tuple[Int[np.ndarray, " T+1"], Int[np.ndarray, " T+1"], Bool[np.ndarray, " T+1"]]  # tokens, segments, learned
+# T + 1 of each: tokens, segments, whether a token is learned
+Row = tuple[Int[np.ndarray, " row"], Int[np.ndarray, " row"], Bool[np.ndarray, " row"]]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """tokens: inputs. targets: the token after each. weights: 1 where the target is learned, else 0.
 
     segment_ids: documents of a row counted from 1; 0 is padding.
@@ -55,7 +52,7 @@ def make_batch(rows: Sequence[Row]) -> Batch:
 class Stream:
     """Rows cut from one long array of tokens; row i+1 starts with the last target of row i."""
 
-    def __init__(self, tokens: Int[np.ndarray, " tokens"], length: int, eos: Sequence[int]):
+    def __init__(self, tokens: Integer[np.ndarray, " tokens"], length: int, eos: Sequence[int]):
         self.tokens, self.length, self.eos = tokens, length, np.asarray(eos, np.int64)
 
     def __len__(self) -> int:
@@ -142,7 +139,7 @@ class Batches:
             self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.rows)
         row = self._order[1][place]
         source = np.searchsorted(self.starts, row, side="right") - 1
-        return self.sources[source][row - self.starts[source]]
+        return self.sources[source][int(row - self.starts[source])]
 
 
 class _Reading(NamedTuple):
@@ -216,7 +213,7 @@ def read_text(file: Path) -> str:
     return text
 
 
-def read_token_array(file: Path, vocab_size: int) -> Int[np.ndarray, " tokens"]:
+def read_token_array(file: Path, vocab_size: int) -> Integer[np.ndarray, " tokens"]:
     """Token ids of a .npy file, memory-mapped, every one inside the vocabulary."""
     try:
         tokens = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -235,7 +232,7 @@ def read_token_array(file: Path, vocab_size: int) -> Int[np.ndarray, " tokens"]:
     return tokens
 
 
-def _document(reading: _Reading, text: str) -> Int[np.ndarray, " tokens"]:
+def _document(reading: _Reading, text: str) -> Integer[np.ndarray, " tokens"]:
     ids = reading.tokenizer().encode(text)
     return np.asarray(ids if ids and ids[-1] in reading.eos else [*ids, reading.eos[0]], np.int32)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,7 @@ Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
 UNTRAINED = ("mtp", "indexer")  # parts of the model that the next-token loss gives no gradient
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
+class TrainState(NamedTuple):
     """Everything a run changes. step: updates so far. params: trained, float32. frozen: the rest of the model."""
 
     step: Array
