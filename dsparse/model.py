@@ -104,8 +104,7 @@ class Model(nnx.Module):
             tokens = constrain(tokens, "batch", None)
             rope = rope_cos_sin(self.config.rope_parameters, self.config.qk_rope_head_dim, positions)
             context = Context(tokens, positions, positions if slots is None else slots, segment_ids, rope, empty_cache)
-            table = constrain(self.embed_tokens.weight[...], "vocab", None)  # rows whole: the batch may be split over fsdp too
-            x = constrain(table[tokens].astype(self.dtype), "batch", None, None)
+            x = constrain(self.embed_tokens.weight[...][tokens].astype(self.dtype), "batch", None, None)
             new_cache, routings = [], []
             for index, stack in enumerate(self.stacks):
                 x, caches, routed = stack(x, context, None if cache is None else cache[index], self.remat)
@@ -115,14 +114,11 @@ class Model(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Final norm and head, float32."""
-        return ops.linear(self.norm(hidden), *self.head(), out_dtype=jnp.float32)
-
-    def head(self) -> tuple[Float[Array, "V D"], Float[Array, "Vb Db"] | None]:
-        """The weight that turns normed hidden states into logits, and its block scales if it is stored in 8 bits."""
+        hidden = self.norm(hidden)
         if self.lm_head is None:
-            return self.embed_tokens.weight[...], None
+            return ops.linear(hidden, self.embed_tokens.weight[...], out_dtype=jnp.float32)
         scale = self.lm_head.weight_scale_inv
-        return self.lm_head.weight[...], None if scale is None else scale[...]
+        return ops.linear(hidden, self.lm_head.weight[...], None if scale is None else scale[...], out_dtype=jnp.float32)
 
     def init_cache(self, batch: int, slots: int) -> Cache:
         """An empty cache for `batch` rows of up to `slots` tokens, sharded as the mesh asks."""
