@@ -127,7 +127,11 @@ def _identity(path: str) -> Rule:
 def _gated(prefix: str, lead: str = "") -> tuple[Rule, ...]:
     """gate_proj and up_proj, each with what it is stored with, as rows of one parameter."""
     name, path = f"{prefix}.{lead}{{gate|up}}_proj", f"{prefix}.gate_up_proj"
-    return Rule(f"{name}.weight", path), Rule(f"{name}.weight_scale_inv", f"{path}_scale_inv")
+    return (
+        Rule(f"{name}.weight", path),
+        Rule(f"{name}.weight_scale_inv", f"{path}_scale_inv"),
+        Rule(f"{name}.bias", f"{prefix}.gate_up_bias"),
+    )
 
 
 TRANSFORMERS = Layout(
@@ -135,7 +139,6 @@ TRANSFORMERS = Layout(
     top=(Rule("model.embed_tokens.weight", "embed_tokens.weight"), Rule("model.norm.weight", "norm.weight")),
     layer=(
         *_gated("mlp"),
-        Rule("mlp.{gate|up}_proj.bias", "mlp.gate_up_bias"),
         *_gated("mlp.shared_experts"),
         *_gated("mlp.experts", "{}."),
         Rule("mlp.experts.{}.down_proj.weight", "mlp.experts.down_proj"),

@@ -12,8 +12,9 @@ if not (_Path(__file__).parent / "kernels").exists():  # a checkout: kernels/ an
 
 from dsparse.config import ModelConfig
 from dsparse.errors import DsparseError
+from dsparse.generation import generate
 from dsparse.model import Model
 from dsparse.pretrained import from_pretrained, save_pretrained
 
 __version__ = "0.1.0"
-__all__ = ["DsparseError", "Model", "ModelConfig", "from_pretrained", "save_pretrained"]
+__all__ = ["DsparseError", "Model", "ModelConfig", "from_pretrained", "generate", "save_pretrained"]

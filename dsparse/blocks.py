@@ -47,7 +47,7 @@ class Block(nnx.Module):
         self.self_attn = MIXERS[spec.mixer](scope["self_attn"], config)
         self.post_attention_layernorm = RMSNorm(scope["post_attention_layernorm"], config.hidden_size, config.rms_norm_eps)
         if spec.mlp == "dense":
-            self.mlp = GatedMLP(scope["mlp"], config, config.intermediate_size, bias=config.mlp_bias)
+            self.mlp = GatedMLP(scope["mlp"], config, config.intermediate_size)
         else:
             self.mlp = MixtureOfExperts(scope["mlp"], config)
 
@@ -106,7 +106,7 @@ def plan_runs(keys: Sequence[Hashable]) -> tuple[Run, ...]:
             repeats = 1
             while keys[start : start + pattern] == keys[start + repeats * pattern : start + (repeats + 1) * pattern]:
                 repeats += 1
-            for times in {1, repeats}:
+            for times in range(1, repeats + 1):
                 traced, runs, rest = best[start + pattern * times]
                 options.append((traced + pattern, runs + 1, (Run(start, pattern, times), *rest)))
         best[start] = min(options, key=lambda option: option[:2])

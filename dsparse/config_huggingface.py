@@ -45,7 +45,7 @@ def model_config_fields(source: Mapping[str, Any]) -> dict[str, Any]:
     values = FAMILIES[model_type] | {key: value for key, value in source.items() if value is not None}
     if "num_mtp_layers" in source:  # transformers' newer name
         values.setdefault("num_nextn_predict_layers", source["num_mtp_layers"])
-    fields = {name: values[name] for name in _COPIED if name in values}
+    fields = {name: _typed(name, values[name]) for name in _COPIED if name in values}
     eos = values.get("eos_token_id", ())
     return fields | {
         "rope_parameters": rope_parameters(values),
@@ -54,6 +54,19 @@ def model_config_fields(source: Mapping[str, Any]) -> dict[str, Any]:
         "eos_token_id": tuple(eos) if isinstance(eos, list | tuple) else (eos,),
         "dtype": str(values.get("dtype", values.get("torch_dtype", "bfloat16"))).removeprefix("torch."),
     }
+
+
+_TYPES = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
+
+
+def _typed(name: str, value: Any) -> Any:
+    """`value`, checked against the type of ModelConfig's field; whole numbers pass as float."""
+    wanted = {"int": int, "float": float, "bool": bool, "str": str}[_TYPES[name].removesuffix(" | None")]
+    if wanted is float and type(value) is int:
+        return float(value)
+    if type(value) is not wanted:
+        raise DsparseError(f"config field {name} must be of type {wanted.__name__}, found {value!r}")
+    return value
 
 
 def mlp_layer_types(values: Mapping[str, Any]) -> tuple[str, ...]:
@@ -74,8 +87,9 @@ def rope_parameters(values: Mapping[str, Any]) -> RopeParameters:
         stated.setdefault("original_max_position_embeddings", values.get("max_position_embeddings", 4096))
         if stated.get("factor") is None:
             stated["factor"] = values["max_position_embeddings"] / stated["original_max_position_embeddings"]
-    known = {field.name for field in dataclasses.fields(RopeParameters)}
-    return RopeParameters(**{key: value for key, value in stated.items() if key in known and value is not None})
+    fields = {field.name: float if "float" in field.type else None for field in dataclasses.fields(RopeParameters)}
+    kept = {name: value for name, value in stated.items() if name in fields and value is not None}
+    return RopeParameters(**{name: fields[name](value) if fields[name] else value for name, value in kept.items()})
 
 
 def tiny_config(family: str) -> dict[str, Any]:

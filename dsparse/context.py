@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+AnyArray = Array | np.ndarray  # what users hand in
 
 
 @jax.tree_util.register_dataclass

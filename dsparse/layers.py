@@ -52,13 +52,13 @@ class RMSNorm(nnx.Module):
 class GatedMLP(nnx.Module):
     """SwiGLU: down(silu(gate x) * up x). Gate and up are one parameter [2, F, D] and one product."""
 
-    def __init__(self, scope: Scope, config: ModelConfig, intermediate_size: int, bias: bool = False):
+    def __init__(self, scope: Scope, config: ModelConfig, intermediate_size: int):
         d, f, init = config.hidden_size, intermediate_size, normal(config.initializer_range)
         gate_up, down = ((2, f, d), (None, "mlp", "embed")), ((d, f), ("embed", "mlp"))
         self.gate_up_proj = scope.param("gate_up_proj", *gate_up, init)
         self.gate_up_proj_scale_inv = scope.scale_inv("gate_up_proj", *gate_up)
-        self.down_proj = Linear(scope["down_proj"], f, d, down[1], init, bias=bias)
-        self.gate_up_bias = scope.param("gate_up_bias", (2, f), (None, "mlp"), zeros) if bias else None
+        self.down_proj = Linear(scope["down_proj"], f, d, down[1], init, bias=config.mlp_bias)
+        self.gate_up_bias = scope.param("gate_up_bias", (2, f), (None, "mlp"), zeros) if config.mlp_bias else None
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         gate, up = self._gate_up(x)

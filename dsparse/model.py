@@ -16,7 +16,7 @@ from dsparse import ops
 from dsparse.blocks import MIXERS, Embedding, MTPLayer, Run, Stack, plan_runs
 from dsparse.cache import Arrays
 from dsparse.config import ModelConfig
-from dsparse.context import Context
+from dsparse.context import AnyArray, Context
 from dsparse.errors import DsparseError
 from dsparse.layers import Linear, RMSNorm, rope_cos_sin
 from dsparse.moe import Routing
@@ -66,9 +66,9 @@ class Model(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        tokens: Int[AnyArray, "B T"],
+        positions: Int[AnyArray, "B T"] | None = None,
+        segment_ids: Int[AnyArray, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits of the next token, float32.
 
@@ -85,11 +85,11 @@ class Model(nnx.Module):
 
     def hidden_states(
         self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        tokens: Int[AnyArray, "B T"],
+        positions: Int[AnyArray, "B T"] | None = None,
+        segment_ids: Int[AnyArray, "B T"] | None = None,
         cache: Cache | None = None,
-        slots: Int[Array, "B T"] | None = None,
+        slots: Int[AnyArray, "B T"] | None = None,
         empty_cache: bool = False,
     ) -> tuple[Float[Array, "B T D"], Cache | None, list[Routing]]:
         """The last layer's output before the final norm; the cache with these tokens; the routing of each MoE block.
@@ -100,6 +100,7 @@ class Model(nnx.Module):
         """
         if positions is None:
             positions = default_positions(tokens, segment_ids)
+        tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
         with use_mesh(self.mesh):
             tokens = constrain(tokens, "batch", None)
             rope = rope_cos_sin(self.config.rope_parameters, self.config.qk_rope_head_dim, positions)
@@ -155,7 +156,7 @@ def _forward(graphdef, state, tokens, positions, segment_ids):
     return model.logits(hidden)
 
 
-def default_positions(tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"]:
+def default_positions(tokens: Int[AnyArray, "B T"], segment_ids: Int[AnyArray, "B T"] | None) -> Int[Array, "B T"]:
     """0, 1, 2, ... along each row, starting again where the segment changes."""
     index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     if segment_ids is None:

@@ -20,10 +20,10 @@ class Sampling:
     their probability reaches p (1: all). min_p: drop tokens less likely than min_p times the most likely (0: none).
     """
 
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
+    temperature: float | Array
+    top_k: int | Array
+    top_p: float | Array
+    min_p: float | Array
     greedy: bool = dataclasses.field(metadata={"static": True})
     filtered: bool = dataclasses.field(metadata={"static": True})
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from dsparse.errors import DsparseError
@@ -27,7 +28,7 @@ OnToken = Callable[[Int[np.ndarray, " B"], Int[np.ndarray, " B"]], None]
 
 def generate(
     model: Model,
-    tokens: Int[Array, "B T"],
+    tokens: ArrayLike | Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 32,
     lengths: Sequence[int] | None = None,
@@ -41,7 +42,7 @@ def generate(
 ) -> Int[np.ndarray, "B max_new_tokens"]:
     """Continue every prompt by up to `max_new_tokens` tokens.
 
-    tokens: prompts; where they differ in length, fill on the right and give `lengths`.
+    tokens: prompts, integers [B, T]; where they differ in length, fill on the right and give `lengths`.
     temperature: 0 picks the most likely token; top_k, top_p, min_p filter as in transformers.
     stop_tokens: a row ends after one of these (default: the config's eos_token_id; (): none); the rest of the row is
         pad_token_id, or the stop token where the config has no padding.

@@ -1,0 +1,39 @@
+# Everything a newcomer needs: `make demo`, `make test`.
+PYTHON := $(firstword $(foreach v,3.12 3.13 3.14,$(shell command -v python$(v) 2>/dev/null)) \
+	$(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12 $(HOME)/.pyenv/versions/3.13.*/bin/python3.13))
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test test-heavy lint bench clean
+
+demo: $(VENV)/installed
+	$(RUN) -m examples.demo.run
+
+test: $(VENV)/installed-tests
+	$(RUN) -m pytest -q
+
+test-heavy: $(VENV)/installed-tests
+	$(RUN) -m pytest -q -m heavy
+
+lint: $(VENV)/installed-tests
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+bench: $(VENV)/installed-tests
+	$(RUN) -m benchmarks.cpu_speed
+	$(RUN) -m benchmarks.compile_time
+
+$(VENV)/installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "dsparse needs Python 3.12 or newer; none found (looked for python3.12 to python3.14 and pyenv's)"; exit 1; }
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))'
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/installed-tests: $(VENV)/installed
+	$(RUN) -m pip install --quiet --editable '.[tests]'
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info runs

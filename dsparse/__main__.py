@@ -1,0 +1,7 @@
+"""`python -m dsparse`."""
+
+import sys
+
+from dsparse.cli import main
+
+sys.exit(main())

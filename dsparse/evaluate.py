@@ -1,0 +1,88 @@
+"""Perplexity of a model on text or tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dsparse.config import ModelConfig
+from dsparse.model import Model, check_tokens
+from dsparse.training.loss import cross_entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """loss: mean negative log-likelihood a token, in nats. tokens: how many were predicted."""
+
+    loss: float
+    perplexity: float
+    tokens: int
+    context_length: int
+    seconds: float
+    tokens_per_second: float
+
+
+def evaluate(
+    model: Model, tokens: Int[np.ndarray, " tokens"], *, context_length: int = 1024, batch_size: int = 4, progress: bool = False
+) -> Evaluation:
+    """Perplexity of one long sequence, cut into windows of `context_length` that overlap by one token.
+
+    Every token but the first is predicted exactly once, from at most `context_length` tokens before it in its window.
+
+    Raises:
+        DsparseError: fewer than two tokens, or an id outside the vocabulary.
+    """
+    from tqdm import tqdm
+
+    tokens = check_tokens(np.asarray(tokens)[None], model.config.vocab_size)[0]
+    graphdef, state = nnx.split(model)
+    total, started = 0.0, time.perf_counter()
+    batches = list(windows(tokens, context_length, batch_size))
+    for inputs, targets, weights in tqdm(batches, desc="evaluating", unit="batch", disable=not progress):
+        total += float(_batch_loss(graphdef, state, inputs, targets, weights))
+    seconds, count = time.perf_counter() - started, len(tokens) - 1
+    loss = total / count
+    return Evaluation(loss, math.exp(min(loss, 700.0)), count, context_length, seconds, count / seconds)
+
+
+Window = tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"], Float[np.ndarray, "B T"]]
+
+
+def windows(tokens: Int[np.ndarray, " tokens"], length: int, batch_size: int) -> Iterator[Window]:
+    """Batches of (inputs, targets, weights); the last is filled up with tokens of weight 0."""
+    count = len(tokens) - 1
+    rows = -(-count // (length * batch_size)) * batch_size
+    padded = np.pad(tokens, (0, rows * length + 1 - len(tokens)))
+    weights = (np.arange(rows * length) < count).astype(np.float32)
+    shape = (-1, batch_size, length)
+    yield from zip(padded[:-1].reshape(shape), padded[1:].reshape(shape), weights.reshape(shape), strict=True)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _batch_loss(graphdef, state, inputs: Array, targets: Array, weights: Array) -> Float[Array, ""]:
+    model = nnx.merge(graphdef, state)
+    hidden, _, _ = model.hidden_states(inputs)
+    return cross_entropy(model.norm(hidden), model.head()[0], targets, weights)
+
+
+def read_tokens(file: str, model_folder: str, config: ModelConfig) -> Int[np.ndarray, " tokens"]:
+    """All tokens of a .txt, .jsonl or .npy file, one document after the other.
+
+    Raises:
+        DsparseError: as `dsparse.training.data.read_data`.
+    """
+    from dsparse.training.data import Stream, read_data
+
+    rows = read_data(
+        [file], model_folder, length=1, batch_size=1, seed=0, vocab_size=config.vocab_size, eos=config.eos_token_id
+    )
+    parts = [[s.tokens] if isinstance(s, Stream) else [ids for ids, _ in s.examples] for s in rows.sources]
+    return np.concatenate([np.asarray(ids, np.int32) for part in parts for ids in part])
