@@ -32,7 +32,8 @@ from dsparse.kernels.grouped_matmul_wgrad import grouped_wgrad
 SM_COUNT = 132
 TILE_K = 64  # 128 bytes of bfloat16: one swizzle row
 ROW_ALIGNMENT = 8  # TMA addresses a tile by whole swizzle atoms of 8 rows
-ROW_STEP = 16  # tiles are compiled for every multiple of this many rows
+ROW_STEP = 16  # rows of a group's tiles are multiples of this
+WIDTHS = (64, 96, 128, 160, 192, 224, 240, 256, 272)  # rows a tile may be multiplied with, besides the tiling's most
 STAGED_ROWS = 64  # rows of the output that pass through shared memory at once
 
 
@@ -43,10 +44,11 @@ class Tiling:
     columns: int
     rows: int
     stages: int
+    split_rows: bool  # warpgroups share a tile's columns and halve its rows, or the other way round
 
 
-WIDE = Tiling(columns=256, rows=144, stages=4)
-NARROW = Tiling(columns=128, rows=256, stages=4)
+TALL = Tiling(columns=128, rows=288, stages=4, split_rows=True)
+NARROW = Tiling(columns=128, rows=256, stages=4, split_rows=False)
 
 
 def row_tiles(group_sizes: Int[Array, " E"], rows: int, tile_rows: int) -> tuple[Int[Array, "tiles 4"], Int[Array, " 1"]]:
@@ -73,7 +75,7 @@ def row_tiles(group_sizes: Int[Array, " E"], rows: int, tile_rows: int) -> tuple
     return jnp.stack([group, base, jnp.maximum(first, starts[group]), end], axis=1), tile_ends[-1:]
 
 
-def _store_rows(staged, out, first, end, columns: int, row_stride: int, interpret: bool) -> None:
+def _store_rows(staged, out, first, end, row_stride: int, interpret: bool) -> None:
     """out[r] = staged[r] for first <= r < end, of a swizzled tile in shared memory [rows, 64] in bfloat16.
 
     TMA stores whole boxes only, so each thread copies its 16 bytes under a predicate.
@@ -146,8 +148,8 @@ def _check(x: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> None:
 
 def _tiling(out_columns: int, swiglu: bool) -> Tiling:
     if swiglu:
-        return dataclasses.replace(WIDE, columns=WIDE.columns // 2)
-    return WIDE if out_columns % WIDE.columns == 0 else NARROW
+        return dataclasses.replace(TALL, columns=TALL.columns // 2)
+    return TALL
 
 
 def _padded(x: jax.Array, rows: int) -> jax.Array:
@@ -268,9 +270,9 @@ def _tiles_kernel(
     groups = weights.shape[0]
     steps = depth // TILE_K
     loaded_columns = tiling.columns * (2 if swiglu else 1)
-    wg_columns = loaded_columns // 2
+    wg_columns = loaded_columns if tiling.split_rows else loaded_columns // 2
     column_tiles = mosaic.cdiv(out_columns, tiling.columns)
-    widths = range(ROW_STEP, tiling.rows + 1, ROW_STEP)
+    widths = [*(width for width in WIDTHS if width < tiling.rows), tiling.rows]
     stages = tiling.stages
     layout = mosaic.swizzled(x.dtype)
     tiles, count = row_tiles(group_sizes, rows, tiling.rows)
@@ -325,8 +327,8 @@ def _tiles_kernel(
                 return w_s.at[slot, :, pl.ds(first, size)].transpose((1, 0))
             return w_s.at[slot, pl.ds(first, size)]
 
-        def store(values, tile, wanted, column):
-            """values[j]: [64, width], the 64 columns from `column + 64 * j`, of rows from the tile's base."""
+        def store(values, tile, wanted, column, skipped):
+            """values[j]: [64, width], the 64 columns from `column + 64 * j`, of rows `skipped` behind the tile's base."""
             base, first, end = (tiles_g[tile, c] for c in (1, 2, 3))
             for j, value in enumerate(values):
                 at = column + 64 * j
@@ -335,28 +337,29 @@ def _tiles_kernel(
                 def _(value=value, at=at):
                     for c in range(0, value.shape[1], STAGED_ROWS):
                         size = min(STAGED_ROWS, value.shape[1] - c)
+                        row = base + skipped + c
                         staged = o_s.at[wg, pl.ds(0, size)]
                         part = plgpu.layout_cast(value[:, c : c + size], plgpu.Layout.WGMMA_TRANSPOSED)
                         staged.transpose((1, 0))[...] = part
-                        out = o_g.at[pl.ds(base + c, size), pl.ds(at, 64)]
-                        _store_rows(staged, out, first - base - c, end - base - c, 64, out_columns, interpret)
+                        out = o_g.at[pl.ds(row, size), pl.ds(at, 64)]
+                        _store_rows(staged, out, first - row, jnp.minimum(end - row, size), out_columns, interpret)
 
         def multiply(i, step):
             tile, wanted, column = locate(i)
             group, base, end = (tiles_g[tile, c] for c in (0, 1, 3))
             outside = group == groups
-            wanted_width = jnp.where(outside, 0, lax.div(end - base + ROW_STEP - 1, ROW_STEP) * ROW_STEP)
+            wanted_width = jnp.where(outside, 0, end - base)
 
             def product(width, *accs):
+                first_row, first_column = (wg * width, 0) if tiling.split_rows else (0, wg)
                 def body(k, _):
                     slot = lax.rem(step + k, stages)
                     plgpu.barrier_wait(full.at[slot])
-                    right = x_s.at[slot, pl.ds(0, width)].transpose((1, 0))
-                    if swiglu:
-                        plgpu.wgmma(accs[0], left_operand(slot, wg * 64, 64), right)
-                        plgpu.wgmma(accs[1], left_operand(slot, tiling.columns + wg * 64, 64), right)
-                    else:
-                        plgpu.wgmma(accs[0], left_operand(slot, wg * wg_columns, wg_columns), right)
+                    right = x_s.at[slot, pl.ds(first_row, width)].transpose((1, 0))
+                    for i, acc in enumerate(accs):
+                        size = acc.shape[0]
+                        at = i * tiling.columns + first_column * size
+                        plgpu.wgmma(acc, left_operand(slot, at, size), right)
                     plgpu.wgmma_wait(len(accs))
 
                     @pl.when(k > 0)
@@ -370,27 +373,29 @@ def _tiles_kernel(
                 plgpu.barrier_arrive(empty.at[lax.rem(step + steps - 1, stages)])
                 return values
 
-            for width in widths:
+            for narrower, width in zip([0, *widths], widths, strict=False):
 
-                @pl.when(wanted_width == width)
+                @pl.when((wanted_width > narrower) & (wanted_width <= width))
                 def _(width=width):
-                    shape = (64 if swiglu else wg_columns, width)
-                    accs = [plgpu.ACC(shape, jnp.float32)] * (2 if swiglu else 1)
+                    # Rows, or columns, that are this warpgroup's.
+                    width, skipped = (width // 2, wg * (width // 2)) if tiling.split_rows else (width, 0)
+                    out_at = column if tiling.split_rows else column + wg * (tiling.columns // 2)
+                    accs = [plgpu.ACC((wg_columns // (1 + swiglu), width), jnp.float32)] * (1 + swiglu)
                     values = pl.run_scoped(lambda *accs: product(width, *accs), *accs)
                     if swiglu:
                         gate, up = values
-                        value = (gate / (1 + jnp.exp(-gate)) * up).astype(x.dtype)
-                        store([value], tile, wanted, column + wg * 64)
+                        value = gate / (1 + jnp.exp(-gate)) * up
                     else:
-                        value = values[0].astype(x.dtype)
-                        parts = [value[j : j + 64] for j in range(0, wg_columns, 64)]
-                        store(parts, tile, wanted, column + wg * wg_columns)
+                        (value,) = values
+                    value = value.astype(x.dtype)
+                    parts = [value[j : j + 64] for j in range(0, value.shape[0], 64)]
+                    store(parts, tile, wanted, out_at, skipped)
 
             @pl.when(outside)
             def _():
-                zeros = jnp.zeros((64, tiling.rows), x.dtype)
-                half = tiling.columns // 2
-                store([zeros] * (half // 64), tile, wanted, column + wg * half)
+                half = tiling.rows // 2
+                zeros = plgpu.layout_cast(jnp.zeros((64, half), x.dtype), plgpu.Layout.WGMMA)
+                store([zeros] * (tiling.columns // 64), tile, wanted, column, wg * half)
 
             return step + jnp.where(outside, 0, steps)
 

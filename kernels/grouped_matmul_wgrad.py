@@ -7,13 +7,41 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Int
 
-from dsparse.kernels import mosaic
+from dsparse.kernels import mosaic, simt
+from dsparse.kernels.simt import U32
 
 SM_COUNT = 132
 TILE_ROWS = 64  # rows of a group multiplied at once
 ROW_ALIGNMENT = 8  # TMA addresses a tile by whole swizzle atoms of 8 rows
 TILE_F = 128
 STAGES = 3
+
+
+def _clear_rows(tile, low, high, width: int, interpret: bool) -> None:
+    """tile[r] = 0 for r < low and r >= high, of a swizzled tile [rows, 128] that is `width` columns wide in memory."""
+    rows, columns = tile.shape
+    if interpret:
+        value = tile[...]
+        row = lax.broadcasted_iota(jnp.int32, tile.shape, 0)
+        tile[...] = jnp.where((row >= low) & (row < high), value, jnp.zeros_like(value))
+        return
+    splat = plgpu.Layout.WG_SPLAT(())
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(mosaic.swizzled(tile.dtype)), splat, splat))
+    def clear(ctx, tile, low, high):
+        del ctx
+        low, high = U32(low.registers.item()), U32(high.registers.item())
+        target = simt.pointer(tile)
+        thread = simt.thread() % 128
+        chunks = columns // 8  # of 16 bytes a row; swizzling moves them within the 128 bytes that are cleared anyway
+        at, first = thread % chunks, thread // chunks
+        for skipped in range(0, rows, 128 // chunks):
+            row = first + skipped
+            atom = (row // 8) * (width // 64) + at // 8
+            with simt.when((row < low) | (row >= high)):
+                simt.clear16(target, atom * 1024 + (row % 8) * 128 + (at % 8) * 16)
+
+    clear(tile, low, high)
 
 
 def grouped_wgrad(
@@ -83,11 +111,7 @@ def grouped_wgrad(
 
                     @pl.when((low > 0) | (high < TILE_ROWS))
                     def _():
-                        value = plgpu.load(right, layout=plgpu.Layout.WGMMA)
-                        row = plgpu.layout_cast(
-                            lax.broadcasted_iota(jnp.int32, (TILE_ROWS, wg_d), 0), plgpu.Layout.WGMMA
-                        )
-                        right[...] = jnp.where((row >= low) & (row < high), value, jnp.zeros_like(value))
+                        _clear_rows(right, low, high, tile_d, interpret)
                         plgpu.commit_smem()
 
                     plgpu.wgmma(acc, dy_s.at[slot].transpose((1, 0)), right)

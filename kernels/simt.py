@@ -129,6 +129,14 @@ def store(base: ir.Value, index: U32, value: U32) -> None:
     llvm.store(U32(value).value, _element(base, index))
 
 
+def clear16(base: ir.Value, byte: U32) -> None:
+    """Zeroes 16 aligned bytes."""
+    vector = ir.VectorType.get((4,), _i32())
+    zero = arith.constant(vector, ir.DenseElementsAttr.get_splat(vector, ir.IntegerAttr.get(_i32(), 0)))
+    i64, i8 = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(8)
+    llvm.store(zero, mgpu_utils.getelementptr(base, [arith.extui(i64, byte.value)], i8))
+
+
 def atomic_add(base: ir.Value, index: U32, value: U32) -> U32:
     """Adds in shared memory; returns what was there before."""
     return U32(

@@ -1,0 +1,76 @@
+"""Exact top-k on the H100 beside torch's: `python -m benchmarks.kernels.topk [--check]`."""
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.kernels import measure
+from dsparse.kernels.topk import topk
+
+SHAPES = [(2048, 32768, 2048), (2048, 8192, 512), (2048, 32768, 512), (512, 131072, 2048), (512, 131072, 4096)]
+
+
+def reference(scores: np.ndarray, k: int, lengths: np.ndarray) -> np.ndarray:
+    """Rising positions of the k largest, ties broken by the lowest; -1 at the end."""
+    out = np.full((scores.shape[0], k), -1)
+    for row, length in enumerate(lengths):
+        best = np.sort(np.argsort(-(scores[row, :length] + 0.0), kind="stable")[:k])
+        out[row, : len(best)] = best
+    return out
+
+
+def check() -> None:
+    for case, (rows, width, k) in enumerate(
+        [(9, 700, 512), (5, 5000, 512), (133, 8192, 2048), (7, 32768, 2048), (3, 33000, 2048), (4, 131072, 4096),
+         (3, 65536, 1), (2, 131072, 513), (3, 4096, 4096)]
+    ):
+        rng = np.random.default_rng(case)
+        normal = rng.standard_normal((rows, width)).astype(np.float32)
+        signed_zeros = np.where(rng.random((rows, width)) < 0.5, -0.0, 0.0)
+        for name, scores in {
+            "normal": normal,
+            "relu": np.where(normal > 2, normal, signed_zeros).astype(np.float32),
+            "few values": np.round(normal * 2),
+            "constant": np.full_like(normal, -3.0),
+            "infinite": np.where(normal > 0, -np.inf, normal),
+            "wide range": np.exp(normal * 20).astype(np.float32),
+        }.items():
+            for lengths in (None, rng.integers(0, width + 1, rows)):
+                out = topk(jnp.asarray(scores), k, None if lengths is None else jnp.asarray(lengths))
+                expected = reference(scores, k, np.full(rows, width) if lengths is None else lengths)
+                wrong = (np.asarray(out) != expected).any(axis=1).sum()
+                if wrong or name == "relu":
+                    print(f"check {rows}x{width} k {k} {name} lengths {lengths is not None}: {wrong} wrong", flush=True)
+                assert not wrong
+    print("check passed")
+
+
+def main() -> None:
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only compare with numpy")
+    arguments = parser.parse_args()
+    print(measure.versions())
+    if arguments.check:
+        return check()
+    for rows, width, k in SHAPES:
+        scores = jax.random.normal(jax.random.key(0), (rows, width))
+        ours = measure.jax_milliseconds(lambda s, k=k: topk(s, k), scores)
+        relu = jnp.maximum(scores - 1.6, 0)
+        ties = measure.jax_milliseconds(lambda s, k=k: topk(s, k), relu)
+        xla = measure.jax_milliseconds(lambda s, k=k: jax.lax.top_k(s, k)[1], scores)
+        scores_torch = measure.to_torch(scores)
+        torch_ms = measure.torch_milliseconds(lambda k=k: torch.topk(scores_torch, k, sorted=False))
+        floor = scores.nbytes / 3e9
+        print(
+            f"{rows} rows, {k} of {width}: {ours:.3f} ms (ties {ties:.3f}), torch {torch_ms:.3f}, XLA {xla:.3f}, "
+            f"one read {floor:.3f}; {torch_ms / ours:.1f}x torch",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
