@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dsparse.config import ModelConfig
+from dsparse.errors import DsparseError
 from dsparse.model import Model, check_tokens
 from dsparse.training.loss import cross_entropy
 
@@ -42,6 +43,8 @@ def evaluate(
     """
     from tqdm import tqdm
 
+    if np.size(tokens) < 2:
+        raise DsparseError(f"evaluation needs at least two tokens, found {np.size(tokens)}")
     tokens = check_tokens(np.asarray(tokens)[None], model.config.vocab_size)[0]
     graphdef, state = nnx.split(model)
     total, started = 0.0, time.perf_counter()
@@ -70,7 +73,7 @@ def windows(tokens: Int[np.ndarray, " tokens"], length: int, batch_size: int) ->
 def _batch_loss(graphdef, state, inputs: Array, targets: Array, weights: Array) -> Float[Array, ""]:
     model = nnx.merge(graphdef, state)
     hidden, _, _ = model.hidden_states(inputs)
-    return cross_entropy(model.norm(hidden), model.head()[0], targets, weights)
+    return cross_entropy(model.norm(hidden), model.head_weight(), targets, weights)
 
 
 def read_tokens(file: str, model_folder: str, config: ModelConfig) -> Int[np.ndarray, " tokens"]:

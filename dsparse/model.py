@@ -113,13 +113,13 @@ class Model(nnx.Module):
                 routings.extend(r for r in routed if r is not None)
         return x, None if cache is None else new_cache, routings
 
+    def head_weight(self) -> Float[Array, "V D"]:
+        """The output projection in floating point; with tied embeddings, the embedding."""
+        return self.embed_tokens.weight[...] if self.lm_head is None else self.lm_head.dense_weight(self.dtype)
+
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Final norm and head, float32."""
-        hidden = self.norm(hidden)
-        if self.lm_head is None:
-            return ops.linear(hidden, self.embed_tokens.weight[...], out_dtype=jnp.float32)
-        scale = self.lm_head.weight_scale_inv
-        return ops.linear(hidden, self.lm_head.weight[...], None if scale is None else scale[...], out_dtype=jnp.float32)
+        return ops.linear(self.norm(hidden), self.head_weight(), out_dtype=jnp.float32)
 
     def init_cache(self, batch: int, slots: int) -> Cache:
         """An empty cache for `batch` rows of up to `slots` tokens, sharded as the mesh asks."""

@@ -206,10 +206,9 @@ class _Update:
         """This part of the batch's contribution to the loss, which divides by the whole batch's `total` weight."""
         model = merge(self.graphdef, params | frozen)
         hidden, _, routings = model.hidden_states(batch.tokens, segment_ids=batch.segment_ids)
-        head = (model.lm_head or model.embed_tokens).weight[...]
         with use_mesh(model.mesh):
             loss = cross_entropy(
-                model.norm(hidden), head, batch.targets, batch.weights / total, batch_ways=batch_ways(model.mesh)
+                model.norm(hidden), model.head_weight(), batch.targets, batch.weights / total, batch_ways=batch_ways(model.mesh)
             )
         balance = sum((jnp.sum(routing.balance_loss) for routing in routings), start=jnp.zeros(()))
         objective = loss + balance * (self.config.balance_loss_weight / self.config.gradient_accumulation)
