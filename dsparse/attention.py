@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from dsparse import ops
 from dsparse.cache import Arrays, CacheLayer
-from dsparse.config import ModelConfig
+from dsparse.config import LayerSpec, ModelConfig
 from dsparse.context import Context
 from dsparse.layers import Linear, RMSNorm, apply_rope, softmax_scale
 from dsparse.params import Scope, normal
@@ -25,7 +25,7 @@ ABSORB_UP_TO = 8  # queries a row: beyond, expanding the cached latents costs le
 class LatentAttention(nnx.Module):
     """MLA over all earlier tokens. Cache: the normed latent and the rotated key, kv_lora_rank + qk_rope_head_dim a token."""
 
-    def __init__(self, scope: Scope, config: ModelConfig):
+    def __init__(self, scope: Scope, config: ModelConfig, spec: LayerSpec):
         c, init = config, normal(config.initializer_range)
         heads = c.num_attention_heads
         if c.q_lora_rank is None:
@@ -50,7 +50,7 @@ class LatentAttention(nnx.Module):
         self.scale = softmax_scale(c.rope_parameters, c.qk_head_dim)
 
     @staticmethod
-    def init_cache(config: ModelConfig, layers: int, batch: int, slots: int, dtype) -> Arrays:
+    def init_cache(config: ModelConfig, spec: LayerSpec, layers: int, batch: int, slots: int, dtype) -> Arrays:
         width = config.kv_lora_rank + config.qk_rope_head_dim
         return {"latent": jnp.zeros((layers, batch, slots, width), dtype)}
 

@@ -1,12 +1,12 @@
 """Blocks and stacks: a layer is residual(mixer) then residual(mlp); runs of equal layers are stacked and scanned.
 
-To add a kind of attention: write its module (see `attention.LatentAttention`: `__init__(scope, config)`,
+To add a kind of attention: write its module (see `attention.LatentAttention`: `__init__(scope, config, spec)`,
 `init_cache`, `__call__(x, context, cache)`) and name it in `MIXERS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,15 +14,22 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dsparse.attention import LatentAttention
+from dsparse.compressed import CompressedAttention
 from dsparse.cache import Arrays, CacheLayer
 from dsparse.config import LayerSpec, ModelConfig
 from dsparse.context import Context
+from dsparse.hyper import HyperConnection
 from dsparse.layers import GatedMLP, Linear, RMSNorm
 from dsparse.moe import MixtureOfExperts, Routing
 from dsparse.params import Scope, normal
 from dsparse.sharding import constrain
 
-MIXERS = {"full_attention": LatentAttention}
+MIXERS = {
+    "full_attention": LatentAttention,
+    "sliding_attention": CompressedAttention,
+    "compressed_sparse_attention": CompressedAttention,
+    "heavily_compressed_attention": CompressedAttention,
+}
 
 REMAT_POLICIES = {
     "none": None,
@@ -40,26 +47,55 @@ class Embedding(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer, its attributes named as Hugging Face names its tensors."""
+    """One layer, its attributes named as Hugging Face names its tensors.
+
+    The residual x is [B, T, D], or the streams [B, T, M, D] of hyper-connections where the config has them.
+    """
 
     def __init__(self, scope: Scope, config: ModelConfig, spec: LayerSpec):
+        self.attn_hc = HyperConnection(scope["attn_hc"], config) if config.hc_mult else None
+        self.ffn_hc = HyperConnection(scope["ffn_hc"], config) if config.hc_mult else None
         self.input_layernorm = RMSNorm(scope["input_layernorm"], config.hidden_size, config.rms_norm_eps)
-        self.self_attn = MIXERS[spec.mixer](scope["self_attn"], config)
+        self.self_attn = MIXERS[spec.mixer](scope["self_attn"], config, spec)
         self.post_attention_layernorm = RMSNorm(scope["post_attention_layernorm"], config.hidden_size, config.rms_norm_eps)
         if spec.mlp == "dense":
             self.mlp = GatedMLP(scope["mlp"], config, config.intermediate_size)
         else:
-            self.mlp = MixtureOfExperts(scope["mlp"], config)
+            self.mlp = MixtureOfExperts(scope["mlp"], config, hashed=spec.mlp == "hash_moe")
 
     def __call__(
-        self, x: Float[Array, "B T D"], context: Context, cache: CacheLayer | None
-    ) -> tuple[Float[Array, "B T D"], CacheLayer | None, Routing | None]:
-        mixed, cache = self.self_attn(self.input_layernorm(x), context, cache)
-        x = constrain(x + mixed, "batch", None, None)
-        out, routing = self.mlp(self.post_attention_layernorm(x)), None
-        if isinstance(out, tuple):
-            out, routing = out
-        return constrain(x + out, "batch", None, None), cache, routing
+        self, x: Float[Array, "B T *M D"], context: Context, cache: CacheLayer | None
+    ) -> tuple[Float[Array, "B T *M D"], CacheLayer | None, Routing | None]:
+        routing = None
+
+        def mix(hidden):
+            nonlocal cache
+            out, cache = self.self_attn(self.input_layernorm(hidden), context, cache)
+            return out
+
+        def feed_forward(hidden):
+            nonlocal routing
+            hidden = self.post_attention_layernorm(hidden)
+            if not isinstance(self.mlp, MixtureOfExperts):
+                return self.mlp(hidden)
+            out, routing = self.mlp(hidden, context.tokens)
+            return out
+
+        x = residual(self.attn_hc, x, mix)
+        x = residual(self.ffn_hc, x, feed_forward)
+        return x, cache, routing
+
+
+def residual(
+    connection: HyperConnection | None, x: Float[Array, "B T *M D"], sublayer: Callable[[Array], Array]
+) -> Float[Array, "B T *M D"]:
+    """x plus what the sublayer makes of it: the plain sum, or through a hyper-connection."""
+    if connection is None:
+        x = x + sublayer(x)
+    else:
+        hidden, weights = connection.read(x)
+        x = connection.write(x, sublayer(hidden), weights)
+    return constrain(x, "batch", *(None,) * (x.ndim - 1))
 
 
 class MTPLayer(nnx.Module):
@@ -122,8 +158,8 @@ class Stack(nnx.Module):
         self.repeats = run.repeats
 
     def __call__(
-        self, x: Float[Array, "B T D"], context: Context, caches: list[Arrays] | None, remat: str
-    ) -> tuple[Float[Array, "B T D"], list[Arrays] | None, list[Routing | None]]:
+        self, x: Float[Array, "B T *M D"], context: Context, caches: list[Arrays] | None, remat: str
+    ) -> tuple[Float[Array, "B T *M D"], list[Arrays] | None, list[Routing | None]]:
         graphdef, stacked = nnx.split(self.blocks)
 
         def step(carry, inputs):

@@ -41,11 +41,13 @@ class LayerSpec:
     """What one layer is made of. Layers with equal specs can be stacked and scanned together.
 
     mixer: a key of `dsparse.blocks.MIXERS` ("full_attention": dense MLA).
-    mlp: "dense", or "sparse" for a mixture of experts.
+    mlp: "dense", "sparse" for a mixture of experts, or "hash_moe" for one that is routed by token id.
+    compress_rate: tokens that share one compressed entry; 0 where the mixer compresses nothing.
     """
 
     mixer: str
     mlp: str
+    compress_rate: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +60,14 @@ class ModelConfig:
     model_type: str
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    kv_lora_rank: int
-    qk_nope_head_dim: int
     qk_rope_head_dim: int
-    v_head_dim: int
+    intermediate_size: int = 0
+    # Latent attention
+    kv_lora_rank: int = 0
+    qk_nope_head_dim: int = 0
+    v_head_dim: int = 0
     q_lora_rank: int | None = None
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -77,6 +80,21 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     layer_types: tuple[str, ...] = ()
     mlp_layer_types: tuple[str, ...] = ()
+    # Sliding window with compressed entries: heads of one size, one key-value head that is both key and value
+    head_dim: int = 0
+    sliding_window: int = 0
+    compress_rates: tuple[tuple[str, int], ...] = ()  # kind of layer -> tokens a compressed entry
+    compress_rope_parameters: RopeParameters | None = None  # of the layers that compress
+    o_groups: int = 1
+    o_lora_rank: int = 0
+    index_n_heads: int = 0
+    index_head_dim: int = 0
+    index_topk: int = 0
+    # Hyper-connections (hc_mult 0: the plain residual sum)
+    hc_mult: int = 0
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = 1e-6
+    swiglu_limit: float | None = None
     # Mixture of experts (n_routed_experts 0: none)
     n_routed_experts: int = 0
     n_shared_experts: int = 0
@@ -107,12 +125,20 @@ class ModelConfig:
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
         """Specs of the main model's layers, first to last."""
-        return tuple(LayerSpec(*kinds) for kinds in zip(self.layer_types, self.mlp_layer_types, strict=True))
+        rates = dict(self.compress_rates)
+        kinds = zip(self.layer_types, self.mlp_layer_types, strict=True)
+        return tuple(LayerSpec(mixer, mlp, rates.get(mixer, 0)) for mixer, mlp in kinds)
 
     @property
     def mtp_layers(self) -> tuple[LayerSpec, ...]:
-        """Specs of the multi-token prediction layers: each is built like the last layer of the main model."""
-        return (self.layers[-1],) * self.num_nextn_predict_layers
+        """Specs of the multi-token prediction layers: each is built like the last layer of the main model.
+
+        Layers that compress are replaced by their sliding window alone (as DeepSeek-V4 publishes them).
+        """
+        last = self.layers[-1]
+        if last.compress_rate:
+            last = LayerSpec("sliding_attention", last.mlp)
+        return (last,) * self.num_nextn_predict_layers
 
     @classmethod
     def from_huggingface(cls, source: Mapping[str, Any] | str | Path) -> ModelConfig:
@@ -150,14 +176,23 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 _POSITIVE = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank",
-    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings",
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "qk_rope_head_dim", "max_position_embeddings",
 )  # fmt: skip
+_POSITIVE_FOR = {  # fields that a kind of mixer or mlp needs
+    "full_attention": ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"),
+    "sliding_attention": ("q_lora_rank", "head_dim", "sliding_window", "o_groups", "o_lora_rank"),
+    "compressed_sparse_attention": ("index_n_heads", "index_head_dim", "index_topk"),
+    "dense": ("intermediate_size",),
+}
+_WINDOWED = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
 
 
 def validate(config: ModelConfig) -> None:
     """Raise DsparseError naming the first field that contradicts another."""
-    for name in _POSITIVE:
+    kinds = {*config.layer_types, *config.mlp_layer_types}
+    if kinds & set(_WINDOWED):
+        kinds.add("sliding_attention")
+    for name in (*_POSITIVE, *(name for kind in sorted(kinds) for name in _POSITIVE_FOR.get(kind, ()))):
         value = getattr(config, name)
         if not isinstance(value, int) or value <= 0:
             raise DsparseError(f"config field {name} must be a positive integer, found {value!r}")
@@ -171,11 +206,30 @@ def validate(config: ModelConfig) -> None:
             raise DsparseError(f"config field {name} lists {count} layers, num_hidden_layers is {config.num_hidden_layers}")
     if any(kind != "dense" for kind in config.mlp_layer_types):
         _validate_experts(config)
-    rope = config.rope_parameters
-    if rope.rope_type not in ("default", "linear", "yarn"):
-        raise DsparseError(f"config field rope_parameters.rope_type {rope.rope_type!r} is not supported (default, linear, yarn)")
-    if rope.rope_type != "default" and not rope.factor:
-        raise DsparseError(f"config field rope_parameters.factor is required for rope_type {rope.rope_type!r}")
+    if set(config.layer_types) & set(_WINDOWED):
+        _validate_windowed(config)
+    for rope in filter(None, (config.rope_parameters, config.compress_rope_parameters)):
+        if rope.rope_type not in ("default", "linear", "yarn"):
+            raise DsparseError(f"config field rope_parameters.rope_type {rope.rope_type!r} is not supported (default, linear, yarn)")
+        if rope.rope_type != "default" and not rope.factor:
+            raise DsparseError(f"config field rope_parameters.factor is required for rope_type {rope.rope_type!r}")
+
+
+def _validate_windowed(config: ModelConfig) -> None:
+    if config.qk_rope_head_dim > config.head_dim:
+        raise DsparseError(f"config field qk_rope_head_dim ({config.qk_rope_head_dim}) exceeds head_dim ({config.head_dim})")
+    if config.num_attention_heads % config.o_groups:
+        raise DsparseError(
+            f"config field o_groups ({config.o_groups}) does not divide num_attention_heads ({config.num_attention_heads})"
+        )
+    rates = dict(config.compress_rates)
+    for kind in _WINDOWED[1:]:
+        if kind in config.layer_types and not (isinstance(rates.get(kind), int) and rates[kind] > 0):
+            raise DsparseError(f"config field compress_rates.{kind} must be a positive integer, found {rates.get(kind)!r}")
+    if "compressed_sparse_attention" in config.layer_types and config.index_head_dim < config.qk_rope_head_dim:
+        raise DsparseError(
+            f"config field index_head_dim ({config.index_head_dim}) is smaller than qk_rope_head_dim ({config.qk_rope_head_dim})"
+        )
 
 
 def _validate_experts(config: ModelConfig) -> None:
@@ -193,8 +247,8 @@ def _validate_experts(config: ModelConfig) -> None:
             f"config field num_experts_per_tok ({config.num_experts_per_tok}) exceeds the {eligible} experts that "
             f"topk_group ({config.topk_group}) of n_group ({config.n_group}) groups leave"
         )
-    if config.scoring_func not in ("softmax", "sigmoid"):
-        raise DsparseError(f"config field scoring_func {config.scoring_func!r} is not supported (softmax, sigmoid)")
+    if config.scoring_func not in ("softmax", "sigmoid", "sqrtsoftplus"):
+        raise DsparseError(f"config field scoring_func {config.scoring_func!r} is not supported (softmax, sigmoid, sqrtsoftplus)")
     if config.topk_method not in ("greedy", "group_limited_greedy", "noaux_tc"):
         raise DsparseError(
             f"config field topk_method {config.topk_method!r} is not supported (greedy, group_limited_greedy, noaux_tc)"

@@ -1,7 +1,8 @@
 """Translate a Hugging Face config.json, of today or as published, into `ModelConfig` fields.
 
 Published configs differ from today's: `rope_scaling` beside `rope_theta`, `torch_dtype`, `topk_method` and
-`scoring_func` spelled out, `model_type` kimi_k2, remote-code entries (`auto_map`) that this package never runs.
+`scoring_func` spelled out, `model_type` kimi_k2, remote-code entries (`auto_map`) that this package never runs, and
+DeepSeek-V4's `compress_ratios` and `num_hash_layers` instead of lists of layer types.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from dsparse.config import ModelConfig, RopeParameters
 from dsparse.errors import DsparseError
 
-# Each model_type with the router its family uses where the config does not spell it out, and the rope layout.
+# Each model_type with what its family uses where the config does not spell it out.
 _V2 = {"scoring_func": "softmax", "topk_method": "greedy", "first_k_dense_replace": 0, "norm_topk_prob": False}
 _V3 = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "first_k_dense_replace": 3, "norm_topk_prob": True}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -22,14 +23,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "kimi_k2": _V3,
     "moonlight": _V3,
     "glm4_moe_lite": _V3 | {"first_k_dense_replace": 1},
-}
+    "deepseek_v4": {
+        "scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc", "norm_topk_prob": True, "n_shared_experts": 1,
+        "routed_scaling_factor": 1.5, "swiglu_limit": 10.0, "hc_mult": 4, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6,
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128},
+        "compress_rope_theta": 160000.0, "num_hash_layers": 3, "partial_rotary_factor": 64 / 512,
+    },
+}  # fmt: skip
 
 _COPIED = {field.name for field in dataclasses.fields(ModelConfig)} - {
-    "rope_parameters", "layer_types", "mlp_layer_types", "eos_token_id", "dtype", "huggingface",
+    "rope_parameters", "layer_types", "mlp_layer_types", "eos_token_id", "dtype", "huggingface", "compress_rates",
+    "compress_rope_parameters",
 }  # fmt: skip
-_REQUIRED = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank",
-    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+_REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_REQUIRED_LATENT = ("intermediate_size", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_REQUIRED_COMPRESSED = (
+    "head_dim", "q_lora_rank", "sliding_window", "o_groups", "o_lora_rank", "moe_intermediate_size", "n_routed_experts",
+    "num_experts_per_tok", "index_n_heads", "index_head_dim", "index_topk",
 )  # fmt: skip
 
 
@@ -39,16 +49,22 @@ def model_config_fields(source: Mapping[str, Any]) -> dict[str, Any]:
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise DsparseError(f"config field model_type {model_type!r} is not supported (known: {known})")
-    missing = [name for name in _REQUIRED if source.get(name) is None]
+    compressed = "compress_rates" in FAMILIES[model_type]
+    required = (*_REQUIRED, *(_REQUIRED_COMPRESSED if compressed else _REQUIRED_LATENT))
+    missing = [name for name in required if source.get(name) is None]
     if missing:
         raise DsparseError(f"config lacks the field{'s' * (len(missing) > 1)} {', '.join(missing)}")
     values = FAMILIES[model_type] | {key: value for key, value in source.items() if value is not None}
     if "num_mtp_layers" in source:  # transformers' newer name
         values.setdefault("num_nextn_predict_layers", source["num_mtp_layers"])
+    if compressed:
+        values |= compressed_attention_fields(values, source)
     fields = {name: _typed(name, values[name]) for name in _COPIED if name in values}
     eos = values.get("eos_token_id", ())
     return fields | {
         "rope_parameters": rope_parameters(values),
+        "compress_rope_parameters": rope_parameters(values["compress_rope"]) if compressed else None,
+        "compress_rates": tuple(sorted(values.get("compress_rates", {}).items())),
         "layer_types": tuple(values.get("layer_types") or ("full_attention",) * values["num_hidden_layers"]),
         "mlp_layer_types": mlp_layer_types(values),
         "eos_token_id": tuple(eos) if isinstance(eos, list | tuple) else (eos,),
@@ -72,10 +88,57 @@ def _typed(name: str, value: Any) -> Any:
 def mlp_layer_types(values: Mapping[str, Any]) -> tuple[str, ...]:
     """Which layers are mixtures of experts: listed outright, or by `first_k_dense_replace` and `moe_layer_freq`."""
     if listed := values.get("mlp_layer_types"):
-        return tuple(listed)
+        return tuple("sparse" if kind == "moe" else kind for kind in listed)
     depth, first, every = values["num_hidden_layers"], values["first_k_dense_replace"], values.get("moe_layer_freq", 1)
     has_experts = bool(values.get("n_routed_experts"))
     return tuple("sparse" if has_experts and i >= first and i % every == 0 else "dense" for i in range(depth))
+
+
+_COMPRESS_RATIOS = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
+
+
+def compressed_attention_fields(values: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
+    """DeepSeek-V4's layers, compression rates and both rotary embeddings, from today's or the published spelling."""
+    depth, head_dim = values["num_hidden_layers"], values["head_dim"]
+    rates = dict(values["compress_rates"])
+    for kind, short in (("compressed_sparse_attention", "csa"), ("heavily_compressed_attention", "hca")):
+        rates[kind] = values.get(f"compress_rate_{short}", rates.get(kind))
+    kinds = values.get("layer_types") or _layer_types_by_ratio(values.get("compress_ratios"))
+    if not kinds:  # two heavily compressed layers, then alternating
+        kinds = ["compressed_sparse_attention" if i >= 2 and i % 2 else "heavily_compressed_attention" for i in range(depth)]
+    hashed = values["num_hash_layers"]
+    mlp = values.get("mlp_layer_types") or ["hash_moe" if i < hashed else "moe" for i in range(depth)]
+    if source.get("partial_rotary_factor") is None and source.get("qk_rope_head_dim"):
+        rotary = source["qk_rope_head_dim"]
+    else:
+        rotary = int(head_dim * values["partial_rotary_factor"])
+    return {
+        "compress_rates": rates, "layer_types": list(kinds)[:depth], "mlp_layer_types": list(mlp)[:depth],
+        "qk_rope_head_dim": rotary, **_two_ropes(values),
+    }  # fmt: skip
+
+
+def _layer_types_by_ratio(ratios: list[int] | None) -> list[str]:
+    unknown = sorted({ratio for ratio in ratios or () if ratio not in _COMPRESS_RATIOS})
+    if unknown:
+        raise DsparseError(f"config field compress_ratios: {unknown[0]!r} is none of 0 (window only), 4 and 128; use layer_types")
+    return [_COMPRESS_RATIOS[ratio] for ratio in ratios or ()]
+
+
+def _two_ropes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain rotary embedding for layers of a window alone, its own base and scaling for the layers that compress."""
+    stated = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    limit = {"max_position_embeddings": values.get("max_position_embeddings", 4096)}
+    if isinstance(stated.get("main"), Mapping) and isinstance(stated.get("compress"), Mapping):
+        main, compress = stated["main"], stated["compress"]
+    else:
+        main = {"rope_type": "default", "rope_theta": values.get("rope_theta", 10000.0)}
+        compress = {k: v for k, v in stated.items() if k not in ("main", "compress")}
+        compress |= {"rope_theta": values["compress_rope_theta"]}
+        compress.setdefault("rope_type", compress.pop("type", "default"))
+        if compress["rope_type"] == "yarn":
+            compress.setdefault("attention_factor", 1.0)  # cos and sin are not scaled
+    return {"rope_parameters": main, "compress_rope": limit | {"rope_parameters": compress}}
 
 
 def rope_parameters(values: Mapping[str, Any]) -> RopeParameters:
@@ -96,6 +159,8 @@ def tiny_config(family: str) -> dict[str, Any]:
     """A small config.json of `family` that exercises its options."""
     if family not in FAMILIES:
         raise DsparseError(f"unknown family {family!r} (known: {', '.join(sorted(FAMILIES))})")
+    if "compress_rates" in FAMILIES[family]:
+        return _tiny_compressed(family)
     common = {
         "model_type": family, "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 32, "q_lora_rank": 48, "qk_nope_head_dim": 16,
@@ -107,3 +172,27 @@ def tiny_config(family: str) -> dict[str, Any]:
     if FAMILIES[family]["scoring_func"] == "softmax":
         common |= {"topk_method": "group_limited_greedy", "routed_scaling_factor": 1.0, "q_lora_rank": None, "norm_topk_prob": False}
     return common
+
+
+def _tiny_compressed(family: str) -> dict[str, Any]:
+    return {
+        "model_type": family, "vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4,
+        "num_key_value_heads": 1, "head_dim": 32, "qk_rope_head_dim": 8, "partial_rotary_factor": 0.25, "q_lora_rank": 48,
+        "o_groups": 2, "o_lora_rank": 24, "sliding_window": 8, "index_n_heads": 4, "index_head_dim": 16, "index_topk": 4,
+        "layer_types": [
+            "sliding_attention", "heavily_compressed_attention", "compressed_sparse_attention",
+            "heavily_compressed_attention", "compressed_sparse_attention",
+        ],
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 16},
+        "mlp_layer_types": ["hash_moe", "moe", "moe", "moe", "moe"], "n_routed_experts": 8, "n_shared_experts": 1,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "hc_mult": 2, "hc_sinkhorn_iters": 6, "swiglu_limit": 2.0,
+        "max_position_embeddings": 512, "num_nextn_predict_layers": 0, "bos_token_id": 0, "eos_token_id": 1,
+        "dtype": "float32", "compress_rope_theta": 160000.0,
+        "rope_parameters": {
+            "main": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+            "compress": {
+                "rope_type": "yarn", "rope_theta": 160000.0, "factor": 4.0, "original_max_position_embeddings": 128,
+                "beta_fast": 32, "beta_slow": 1, "attention_factor": 1.0, "partial_rotary_factor": 0.25,
+            },
+        },
+    }  # fmt: skip

@@ -21,6 +21,7 @@ class Context:
     slots: where a cached pass stores each token: its position, or -1 for padding, which is not stored.
     segment_ids: tokens attend only within their segment (packing, left padding); None: one segment a row.
     rope: cos and sin of the positions.
+    compress_rope: the same for layers that compress, where the config gives them a rotary embedding of their own.
     empty_cache: the cache holds nothing yet, so tokens attend among themselves only.
     """
 
@@ -29,4 +30,5 @@ class Context:
     slots: Int[Array, "B T"] | None
     segment_ids: Int[Array, "B T"] | None
     rope: Float[Array, "2 B T half"]
+    compress_rope: Float[Array, "2 B T half"] | None = None
     empty_cache: bool = dataclasses.field(default=False, metadata={"static": True})

@@ -6,6 +6,7 @@ Here the work is that of the rows plus at most one block of padding a group.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsparse.reference import dequantize
+from dsparse.reference import dequantize, swiglu
 
 GATHERED_BYTES = 64 << 20  # weights copied for one batched product; more are taken in turns
 FEW_ROWS = 32  # up to here (decode) every row gets a copy of its own expert's weights and nothing is sorted
@@ -111,30 +112,35 @@ def in_turns(fn: Callable, rows: Float[Array, "b m D"], group: Int[Array, " b"],
     return jax.lax.map(lambda args: some(args[0][None], args[1][None])[0], (rows, group), batch_size=count // turns)
 
 
-def swiglu_experts(rows: Float[Array, "b m D"], experts: Experts) -> Float[Array, "b m D"]:
+def swiglu_experts(rows: Float[Array, "b m D"], experts: Experts, limit: float | None) -> Float[Array, "b m D"]:
     """Block b through its own expert b."""
     gate_up = dequantize(experts.gate_up, experts.gate_up_scale_inv, rows.dtype)
     gate_up = gate_up.reshape(gate_up.shape[0], -1, gate_up.shape[-1])  # one plain batched product: XLA's fast path on CPU
     gate, up = jnp.split(jnp.einsum("bmd,bfd->bmf", rows, gate_up), 2, axis=-1)
     down = dequantize(experts.down, experts.down_scale_inv, rows.dtype)
-    return jnp.einsum("bmf,bdf->bmd", jax.nn.silu(gate) * up, down)
+    return jnp.einsum("bmf,bdf->bmd", swiglu(gate, up, limit), down)
 
 
 def expert_mlp(
-    x: Float[Array, "T D"], choice: Int[Array, "T K"], weights: Float[Array, "T K"], experts: Experts
+    x: Float[Array, "T D"],
+    choice: Int[Array, "T K"],
+    weights: Float[Array, "T K"],
+    experts: Experts,
+    limit: float | None = None,
 ) -> Float[Array, "T D"]:
     """Sum over each token's chosen experts, weighted; choice E (one past the last) adds nothing. Exact, no capacity."""
     groups, (tokens, chosen) = experts.gate_up.shape[0], choice.shape
+    mlp = functools.partial(swiglu_experts, limit=limit)
     group = choice.reshape(-1)
     if group.size <= FEW_ROWS:
         rows = jnp.repeat(x, chosen, axis=0)[:, None]
-        out = in_turns(swiglu_experts, rows, jnp.minimum(group, groups - 1), experts).reshape(tokens, chosen, -1)
+        out = in_turns(mlp, rows, jnp.minimum(group, groups - 1), experts).reshape(tokens, chosen, -1)
         out = jnp.where((choice < groups)[..., None], out, 0)
     else:
         blocks = sorted_blocks(group, groups)
         slot = blocks.slot.reshape(choice.shape)
         rows = spread(x, blocks.source, slot).reshape(blocks.group.shape[0], -1, x.shape[-1])
-        out = in_turns(swiglu_experts, rows, blocks.group, experts).reshape(blocks.source.shape[0], -1)
+        out = in_turns(mlp, rows, blocks.group, experts).reshape(blocks.source.shape[0], -1)
         out = collect(out, blocks.source, slot)
     return jnp.einsum("TKD,TK->TD", out, weights.astype(out.dtype))
 

@@ -36,6 +36,27 @@ class Linear(nnx.Module):
         return reference.dequantize(self.weight[...], None if self.weight_scale_inv is None else self.weight_scale_inv[...], dtype)
 
 
+class GroupedLinear(nnx.Module):
+    """Each of `groups` equal parts of the input through its own matrix: [.., N H] -> [.., groups * d_out]."""
+
+    def __init__(self, scope: Scope, d_in: int, groups: int, d_out: int, axes: tuple[str | None, str | None], init):
+        self.weight = scope.param("weight", (groups * d_out, d_in // groups), axes, init)
+        self.weight_scale_inv = scope.scale_inv("weight", (groups * d_out, d_in // groups), axes)
+        self.groups = groups
+
+    def __call__(self, x: Float[Array, "B T N H"]) -> Float[Array, "B T F"]:
+        weight = ops.dequantize(self.weight[...], None if self.weight_scale_inv is None else self.weight_scale_inv[...], x.dtype)
+        x = x.reshape(*x.shape[:2], self.groups, -1)
+        y = jnp.einsum("BTGD,GFD->BTGF", x, weight.reshape(self.groups, -1, weight.shape[-1]))
+        return y.reshape(*y.shape[:2], -1)
+
+
+def rms_normalize(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"]:
+    """x over its root mean square, computed in float32."""
+    wide = x.astype(jnp.float32)
+    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square norm, computed in float32 (Zhang and Sennrich 2019)."""
 
@@ -44,13 +65,11 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return wide.astype(x.dtype) * self.weight[...].astype(x.dtype)
+        return rms_normalize(x, self.eps) * self.weight[...].astype(x.dtype)
 
 
 class GatedMLP(nnx.Module):
-    """SwiGLU: down(silu(gate x) * up x). Gate and up are one parameter [2, F, D] and one product."""
+    """SwiGLU: down(silu(gate x) * up x), clamped where the config says so. Gate and up are one parameter [2, F, D]."""
 
     def __init__(self, scope: Scope, config: ModelConfig, intermediate_size: int):
         d, f, init = config.hidden_size, intermediate_size, normal(config.initializer_range)
@@ -59,13 +78,14 @@ class GatedMLP(nnx.Module):
         self.gate_up_proj_scale_inv = scope.scale_inv("gate_up_proj", *gate_up)
         self.down_proj = Linear(scope["down_proj"], f, d, down[1], init, bias=config.mlp_bias)
         self.gate_up_bias = scope.param("gate_up_bias", (2, f), (None, "mlp"), zeros) if config.mlp_bias else None
+        self.limit = config.swiglu_limit
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         gate, up = self._gate_up(x)
         if self.gate_up_bias is not None:
             bias = self.gate_up_bias[...].astype(x.dtype)
             gate, up = gate + bias[0], up + bias[1]
-        return self.down_proj(jax.nn.silu(gate) * up)
+        return self.down_proj(reference.swiglu(gate, up, self.limit))
 
     def _gate_up(self, x: Float[Array, "*batch D"]) -> tuple[Float[Array, "*batch F"], Float[Array, "*batch F"]]:
         weight, scale = self.gate_up_proj[...], self.gate_up_proj_scale_inv
@@ -144,3 +164,9 @@ def apply_rope(
         a, b = jnp.split(wide, 2, axis=-1)
         rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     return rotated.astype(x.dtype)
+
+
+def apply_rope_to_tail(x: Float[Array, "B T *heads dim"], cos_sin: Float[Array, "2 B T half"]) -> Float[Array, "B T *heads dim"]:
+    """Rotate the trailing 2 * half channels in neighbouring pairs; the channels before them pass."""
+    size = 2 * cos_sin.shape[-1]
+    return jnp.concatenate([x[..., :-size], apply_rope(x[..., -size:], cos_sin, interleave=True)], axis=-1)

@@ -18,6 +18,7 @@ from dsparse.cache import Arrays
 from dsparse.config import ModelConfig
 from dsparse.context import AnyArray, Context
 from dsparse.errors import DsparseError
+from dsparse.hyper import HyperHead
 from dsparse.layers import Linear, RMSNorm, rope_cos_sin
 from dsparse.moe import Routing
 from dsparse.origin import Origin
@@ -52,6 +53,7 @@ class Model(nnx.Module):
         self.embed_tokens = Embedding(top["embed_tokens"], config)
         self.runs = layer_runs(config, storage)
         self.stacks = nnx.List([Stack(_scopes(top, storage, run), config, run) for run in self.runs])
+        self.hc_head = HyperHead(top["hc_head"], config) if config.hc_mult else None
         self.norm = RMSNorm(top["norm"], config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else _head(top["lm_head"], config)
         self.mtp = nnx.List(
@@ -104,13 +106,21 @@ class Model(nnx.Module):
         with use_mesh(self.mesh):
             tokens = constrain(tokens, "batch", None)
             rope = rope_cos_sin(self.config.rope_parameters, self.config.qk_rope_head_dim, positions)
-            context = Context(tokens, positions, positions if slots is None else slots, segment_ids, rope, empty_cache)
+            compress_rope = self.config.compress_rope_parameters
+            if compress_rope is not None:
+                compress_rope = rope_cos_sin(compress_rope, self.config.qk_rope_head_dim, positions)
+            slots = positions if slots is None else slots
+            context = Context(tokens, positions, slots, segment_ids, rope, compress_rope, empty_cache)
             x = constrain(self.embed_tokens.weight[...][tokens].astype(self.dtype), "batch", None, None)
+            if self.hc_head is not None:
+                x = jnp.repeat(x[:, :, None], self.config.hc_mult, axis=2)
             new_cache, routings = [], []
             for index, stack in enumerate(self.stacks):
                 x, caches, routed = stack(x, context, None if cache is None else cache[index], self.remat)
                 new_cache.append(caches)
                 routings.extend(r for r in routed if r is not None)
+            if self.hc_head is not None:
+                x = self.hc_head(x)
         return x, None if cache is None else new_cache, routings
 
     def head_weight(self) -> Float[Array, "V D"]:
@@ -127,7 +137,7 @@ class Model(nnx.Module):
             cache = []
             for run in self.runs:
                 specs = self.config.layers[run.start : run.start + run.pattern]
-                arrays = [MIXERS[s.mixer].init_cache(self.config, run.repeats, batch, slots, self.dtype) for s in specs]
+                arrays = [MIXERS[s.mixer].init_cache(self.config, s, run.repeats, batch, slots, self.dtype) for s in specs]
                 cache.append([{k: constrain(a, "layers", "batch", *(None,) * (a.ndim - 2)) for k, a in d.items()} for d in arrays])
         return cache
 

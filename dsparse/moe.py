@@ -36,23 +36,33 @@ class Router(nnx.Module):
     - softmax, "greedy" and "group_limited_greedy" (V2): a group's score is its maximum.
     - sigmoid, "noaux_tc" (V3): experts are *chosen* by score + e_score_correction_bias, the group's score being the sum
       of its two best, but *weighed* by the score alone (auxiliary-loss-free balancing, arXiv:2408.15664).
+    - sqrt(softplus), "noaux_tc" (V4).
+    - hashed (V4's first layers): a frozen table names each token id's experts; the scores only weigh them.
     """
 
-    def __init__(self, scope: Scope, config: ModelConfig):
+    def __init__(self, scope: Scope, config: ModelConfig, hashed: bool = False):
         experts = config.n_routed_experts
         self.weight = scope.param("weight", (experts, config.hidden_size), (None, "embed"), normal(config.initializer_range))
-        if config.topk_method == "noaux_tc":
+        self.hashed = hashed
+        if hashed:
+            table = functools.partial(_spread_experts, experts=experts)
+            shape = (config.vocab_size, config.num_experts_per_tok)
+            self.tid2eid = scope.param("tid2eid", shape, ("vocab", None), table, dtype=jnp.int32, kind=Buffer)
+        elif config.topk_method == "noaux_tc":
             self.e_score_correction_bias = scope.param(
                 "e_score_correction_bias", (experts,), (None,), zeros, minimum=jnp.float32, kind=Buffer
             )
         self.config = config
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Routing:
+    def __call__(self, x: Float[Array, "B T D"], tokens: Int[Array, "B T"]) -> Routing:
         c = self.config
         logits = ops.linear(x.astype(jnp.float32), self.weight[...].astype(jnp.float32))
-        scores = jax.nn.softmax(logits, axis=-1) if c.scoring_func == "softmax" else jax.nn.sigmoid(logits)
-        choice = jax.lax.stop_gradient(self._eligible(scores))
-        _, experts = jax.lax.top_k(choice, c.num_experts_per_tok)
+        scores = SCORES[c.scoring_func](logits)
+        if self.hashed:
+            experts = self.tid2eid[...][tokens]
+        else:
+            choice = jax.lax.stop_gradient(self._eligible(scores))
+            _, experts = jax.lax.top_k(choice, c.num_experts_per_tok)
         weights = jnp.take_along_axis(scores, experts, axis=-1)
         if c.norm_topk_prob and c.scoring_func != "softmax":  # the published V2 models leave it off, transformers ignores it
             weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
@@ -80,6 +90,20 @@ class Router(nnx.Module):
         return jnp.mean(jnp.sum(jax.lax.stop_gradient(frequency) * share.mean(axis=1), axis=-1))
 
 
+SCORES = {
+    "softmax": lambda logits: jax.nn.softmax(logits, axis=-1),
+    "sigmoid": jax.nn.sigmoid,
+    "sqrtsoftplus": lambda logits: jnp.sqrt(jax.nn.softplus(logits)),
+}
+
+
+def _spread_experts(key, shape: tuple[int, ...], dtype, experts: int) -> Array:
+    """A table that gives each token id different experts and every expert equally many ids."""
+    *_, tokens, chosen = shape
+    table = (jnp.arange(tokens)[:, None] + jnp.arange(chosen) * (experts // chosen)) % experts
+    return jnp.broadcast_to(table.astype(dtype), shape)
+
+
 class Experts(nnx.Module):
     """The routed experts' weights, stacked: gate and up [E, 2, F, D], down [E, D, F]."""
 
@@ -91,6 +115,7 @@ class Experts(nnx.Module):
         self.gate_up_proj_scale_inv = scope.scale_inv("gate_up_proj", *gate_up)
         self.down_proj = scope.param("down_proj", *down, init)
         self.down_proj_scale_inv = scope.scale_inv("down_proj", *down)
+        self.limit = config.swiglu_limit
 
     def __call__(
         self, x: Float[Array, "B T D"], weights: Float[Array, "B T K"], experts: Int[Array, "B T K"]
@@ -101,16 +126,20 @@ class Experts(nnx.Module):
         )
         mesh = sharding.current_mesh()
         if mesh is None:
-            return local_experts(x, weights, experts, stacked)
-        return _sharded_experts(mesh, x, weights, experts, stacked)
+            return local_experts(x, weights, experts, stacked, self.limit)
+        return _sharded_experts(mesh, x, weights, experts, stacked, self.limit)
 
 
-def local_experts(x: Array, weights: Array, choice: Array, experts: grouped.Experts) -> Float[Array, "B T D"]:
+def local_experts(
+    x: Array, weights: Array, choice: Array, experts: grouped.Experts, limit: float | None
+) -> Float[Array, "B T D"]:
     flat = (a.reshape(-1, a.shape[-1]) for a in (x, choice, weights))
-    return ops.expert_mlp(*flat, experts).reshape(x.shape)
+    return ops.expert_mlp(*flat, experts, limit=limit).reshape(x.shape)
 
 
-def _sharded_experts(mesh: Mesh, x: Array, weights: Array, choice: Array, experts: grouped.Experts) -> Float[Array, "B T D"]:
+def _sharded_experts(
+    mesh: Mesh, x: Array, weights: Array, choice: Array, experts: grouped.Experts, limit: float | None
+) -> Float[Array, "B T D"]:
     """Expert parallelism: every device computes its own experts on the tokens of its expert group.
 
     Tokens are gathered over the mesh axis "expert" where the batch is split over it, and the partial sums scattered
@@ -129,7 +158,7 @@ def _sharded_experts(mesh: Mesh, x: Array, weights: Array, choice: Array, expert
             x, weights, choice = (jax.lax.all_gather(a, expert_axis, axis=0, tiled=True) for a in (x, weights, choice))
         local = choice - (jax.lax.axis_index(expert_axis) * here if expert_axis else 0)
         local = jnp.where((local >= 0) & (local < here), local, here)  # experts elsewhere add nothing here
-        out = local_experts(x, weights, local, experts)
+        out = local_experts(x, weights, local, experts, limit)
         if summed:
             out = jax.lax.psum(out, summed)
         return jax.lax.psum_scatter(out, expert_axis, scatter_dimension=0, tiled=True) if gather else out
@@ -150,13 +179,13 @@ def _expert_specs(mesh: Mesh, experts: grouped.Experts) -> grouped.Experts:
 class MixtureOfExperts(nnx.Module):
     """Routed experts plus the shared experts every token passes through."""
 
-    def __init__(self, scope: Scope, config: ModelConfig):
-        self.gate = Router(scope["gate"], config)
+    def __init__(self, scope: Scope, config: ModelConfig, hashed: bool = False):
+        self.gate = Router(scope["gate"], config, hashed)
         self.experts = Experts(scope["experts"], config)
         width = config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts = GatedMLP(scope["shared_experts"], config, width) if width else None
 
-    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Routing]:
-        routing = self.gate(x)
+    def __call__(self, x: Float[Array, "B T D"], tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T D"], Routing]:
+        routing = self.gate(x, tokens)
         out = self.experts(x, routing.weights.astype(jnp.float32), routing.experts)
         return out if self.shared_experts is None else out + self.shared_experts(x), routing

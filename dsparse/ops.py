@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsparse import grouped, reference
+from dsparse import banded, grouped, reference
 from dsparse.params import FLOAT8
 
 logger = logging.getLogger("dsparse.ops")
@@ -138,6 +138,63 @@ def cached_attention(
     return jnp.swapaxes(out, 1, 2).astype(q.dtype)
 
 
+sparse_attention = reference.sparse_attention
+
+# ---- windows and compressed entries ---------------------------------------------------------------------------------
+
+INDEX_SCORE_BYTES = 64 << 20  # per-head scores that choosing entries keeps at once
+
+
+def choose_entries(
+    q: Float[Array, "B T N H"],
+    keys: Float[Array, "B E H"],
+    weights: Float[Array, "B T N"],
+    k: int,
+    first: Int[Array, "B T"],
+    last: Int[Array, "B T"],
+) -> Int[Array, "B T k"]:
+    """The k best-scored entries e of each query with first <= e < last, ties to the lowest; -1 where there are fewer."""
+    batch, length, heads, _ = q.shape
+    entry = jnp.arange(keys.shape[1])
+
+    def choose(q, weights, first, last):
+        scores = reference.indexer_logits(q, keys, weights)
+        visible = (entry >= first[..., None]) & (entry < last[..., None])
+        scores = jnp.where(visible, scores, -jnp.inf).reshape(-1, len(entry))
+        return reference.topk(scores, k).reshape(*first.shape, k)
+
+    size = max(1, INDEX_SCORE_BYTES // (batch * heads * len(entry) * 4))
+    if size >= length:
+        return choose(q, weights, first, last)
+    count = -(-length // size)
+    chunks = jax.tree.map(
+        lambda x: jnp.moveaxis(
+            jnp.pad(x, ((0, 0), (0, count * size - length), *((0, 0),) * (x.ndim - 2))).reshape(batch, count, size, *x.shape[2:]), 1, 0
+        ),
+        (q, weights, first, last),
+    )
+    chosen = jax.lax.map(lambda chunk: choose(*chunk), chunks)
+    return jnp.moveaxis(chosen, 0, 1).reshape(batch, count * size, k)[:, :length]
+
+
+def window_attention(
+    q: Float[Array, "B T N H"],
+    kv: Float[Array, "B L H"],
+    entries: banded.Entries | None,
+    *,
+    window: int,
+    scale: float,
+    sinks: Float[Array, " N"],
+    start: Int[Array, " B"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attention over the last `window` rows, the visible entries and a sink per head (`banded.banded_attention`)."""
+    choices = {"xla": banded.banded_attention}
+    options = {"window": window, "scale": scale, "sinks": sinks, "start": start, "segment_ids": segment_ids}
+    return _dispatch("window_attention", implementation, choices, q, kv, entries, **options)
+
+
 # ---- mixture of experts ---------------------------------------------------------------------------------------------
 
 
@@ -158,7 +215,11 @@ def expert_mlp(
     weights: Float[Array, "T K"],
     experts: grouped.Experts,
     *,
+    limit: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T D"]:
-    """Each token through its K chosen SwiGLU experts, summed with their weights; choice E adds nothing. Differentiable."""
-    return _dispatch("expert_mlp", implementation, {"xla": grouped.expert_mlp}, x, choice, weights, experts)
+    """Each token through its K chosen SwiGLU experts, summed with their weights; choice E adds nothing. Differentiable.
+
+    limit: clamps gate and up before the activation (`reference.swiglu`).
+    """
+    return _dispatch("expert_mlp", implementation, {"xla": grouped.expert_mlp}, x, choice, weights, experts, limit)

@@ -27,6 +27,13 @@ def dequantize(
     return (weight.astype(jnp.float32) * scale).astype(dtype)
 
 
+def swiglu(gate: Float[Array, "*batch F"], up: Float[Array, "*batch F"], limit: float | None = None) -> Float[Array, "*batch F"]:
+    """silu(gate) * up; with a limit, gate is at most that and up within +-limit (DeepSeek-V4)."""
+    if limit is not None:
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return jax.nn.silu(gate) * up
+
+
 def masked_softmax(logits: Float[Array, "*batch S"], keep: Array) -> Float[Array, "*batch S"]:
     """float32 softmax over the kept entries; rows that keep nothing are all zero."""
     logits = jnp.where(keep, logits.astype(jnp.float32), NEG_INF)
