@@ -45,7 +45,7 @@ class GroupedLinear(nnx.Module):
         self.groups = groups
 
     def __call__(self, x: Float[Array, "B T N H"]) -> Float[Array, "B T F"]:
-        weight = ops.dequantize(self.weight[...], None if self.weight_scale_inv is None else self.weight_scale_inv[...], x.dtype)
+        weight = reference.dequantize(self.weight[...], None if self.weight_scale_inv is None else self.weight_scale_inv[...], x.dtype)
         x = x.reshape(*x.shape[:2], self.groups, -1)
         y = jnp.einsum("BTGD,GFD->BTGF", x, weight.reshape(self.groups, -1, weight.shape[-1]))
         return y.reshape(*y.shape[:2], -1)

@@ -48,13 +48,14 @@ def random_reference(seed: int = 0, **overrides) -> DeepseekV4ForCausalLM:
 
 def model_of(reference: DeepseekV4ForCausalLM, config: dict | None = None) -> dsparse.Model:
     """The reference's weights in a dsparse model."""
-    config = dsparse.ModelConfig.from_huggingface(config or reference.config.to_dict())
+    without_mtp = {"num_nextn_predict_layers": 0}  # the reference has no such layers
+    config = dsparse.ModelConfig.from_huggingface((config or reference.config.to_dict()) | without_mtp)
     model = dsparse.Model(config, rngs=nnx.Rngs(0))
     weights = {name.removeprefix("model."): tensor.detach().float().numpy() for name, tensor in reference.state_dict().items()}
     filled = []
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         if path[0] != "stacks":
-            value = weights[".".join(path)]
+            value = weights[".".join(map(str, path))]
         else:
             run = model.runs[path[1]]
             layers = [run.start + path[3] + repeat * run.pattern for repeat in range(run.repeats)]
@@ -65,7 +66,7 @@ def model_of(reference: DeepseekV4ForCausalLM, config: dict | None = None) -> ds
 
 
 def layer_tensor(weights: dict[str, np.ndarray], layer: str, path: tuple[str, ...]) -> np.ndarray:
-    name = ".".join((layer, *path))
+    name = ".".join((layer, *map(str, path)))
     if name.endswith("shared_experts.gate_up_proj"):
         return np.stack([weights[name.replace("gate_up_proj", f"{half}_proj.weight")] for half in ("gate", "up")])
     return weights[name]
