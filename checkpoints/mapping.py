@@ -73,25 +73,40 @@ class Rule:
         return (*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
 
 
+class Prefix(NamedTuple):
+    """Template of what stands before a layer's names, its number counting from layer `first` on."""
+
+    template: str
+    first: int = 0
+
+    def parse(self, name: str) -> tuple[int, str] | None:
+        """The layer and the rest of the name."""
+        before, after = self.template.split("{}")
+        match = re.fullmatch(rf"{re.escape(before)}([0-9]+){re.escape(after)}(.+)", name)
+        return match and (self.first + int(match[1]), match[2])
+
+    def format(self, layer: int) -> str:
+        return self.template.format(layer - self.first)
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """Names of one way to publish a model. A tensor without a rule keeps its name as its path.
 
-    layer_prefix: template of what stands before a layer's names. top, layer: rules, the preferred spelling first.
-    aside: named reasons to keep a tensor without using it, with the pattern of its full name.
+    prefixes: of layers' names; a layer is written with the preferred one among those that begin closest before it.
+    top, layer: rules. aside: named reasons to keep a tensor without using it, with the pattern of its full name.
+    Of several spellings the preferred one comes first.
     """
 
-    layer_prefix: str
+    prefixes: tuple[Prefix, ...]
     top: tuple[Rule, ...]
     layer: tuple[Rule, ...]
     aside: tuple[tuple[str, str], ...] = ()
 
     def parse(self, name: str) -> tuple[Slot, Rule]:
         """The slot of a full name, and the rule that says so."""
-        before, after = self.layer_prefix.split("{}")
-        match = re.fullmatch(rf"{re.escape(before)}([0-9]+){re.escape(after)}(.+)", name)
-        layer, rest, rules = (int(match[1]), match[2], self.layer) if match else (TOP, name, self.top)
-        for rule in rules:
+        layer, rest = next(filter(None, (prefix.parse(name) for prefix in self.prefixes)), (TOP, name))
+        for rule in self.top if layer == TOP else self.layer:
             if (index := rule.parse(rest)) is not None:
                 return Slot(layer, rule.path, index), rule
         return Slot(layer, rest), _identity(rest)
@@ -103,9 +118,12 @@ class Layout:
     def tensors(self, layer: int, path: str, shape: Sequence[int]) -> Iterator[tuple[str, Slot, tuple[int, ...]]]:
         """Names, slots and shapes on disk of all tensors of a parameter of (unstacked) `shape`."""
         rule = self.rule(layer, path)
-        prefix = "" if layer == TOP else self.layer_prefix.format(layer)
+        prefix = "" if layer == TOP else self._prefix(layer).format(layer)
         for index in itertools.product(*(range(n) for n in shape[: len(rule.choices)])):
             yield prefix + rule.format(index), Slot(layer, path, index), rule.tensor_shape(shape)
+
+    def _prefix(self, layer: int) -> Prefix:
+        return max((prefix for prefix in self.prefixes if prefix.first <= layer), key=lambda prefix: prefix.first)
 
     def aside_rule(self, name: str) -> str | None:
         """Why a tensor is kept but not used, None if it is used."""
@@ -135,7 +153,7 @@ def _gated(prefix: str, lead: str = "") -> tuple[Rule, ...]:
 
 
 TRANSFORMERS = Layout(
-    layer_prefix="model.layers.{}.",
+    prefixes=(Prefix("model.layers.{}."),),
     top=(Rule("model.embed_tokens.weight", "embed_tokens.weight"), Rule("model.norm.weight", "norm.weight")),
     layer=(
         *_gated("mlp"),
@@ -150,6 +168,14 @@ TRANSFORMERS = Layout(
 )
 
 
-def layout_of(config: ModelConfig) -> Layout:
-    """The name table of a model's checkpoints."""
-    return TRANSFORMERS
+@functools.cache
+def layout_of(config: ModelConfig, published: bool = False) -> Layout:
+    """The name table of a model's checkpoints.
+
+    published: where DeepSeek's names differ from what transformers writes, prefer DeepSeek's for writing.
+    """
+    if config.checkpoint_names == "transformers":
+        return TRANSFORMERS
+    from dsparse.checkpoints import mapping_v4
+
+    return getattr(mapping_v4, config.checkpoint_names)(config, published)

@@ -113,6 +113,7 @@ class ModelConfig:
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
     dtype: str = "bfloat16"
+    checkpoint_names: str = "transformers"  # name table of its checkpoints (`dsparse.checkpoints.mapping`)
     huggingface: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):

@@ -24,7 +24,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "moonlight": _V3,
     "glm4_moe_lite": _V3 | {"first_k_dense_replace": 1},
     "deepseek_v4": {
-        "scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc", "norm_topk_prob": True, "n_shared_experts": 1,
+        "checkpoint_names": "deepseek_v4", "scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc", "norm_topk_prob": True, "n_shared_experts": 1,
         "routed_scaling_factor": 1.5, "swiglu_limit": 10.0, "hc_mult": 4, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6,
         "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128},
         "compress_rope_theta": 160000.0, "num_hash_layers": 3, "partial_rotary_factor": 64 / 512,
