@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dsparse.checkpoints.mapping import TOP, Layout, Slot
+from dsparse.checkpoints.mapping import TOP, Layout, Prefix, Slot
 from dsparse.checkpoints.saving import Export, write_shard
 from dsparse.checkpoints.tensorfiles import DTYPES, TensorFiles, TensorInfo, read_header
 from dsparse.errors import DsparseError
@@ -30,7 +30,7 @@ MANIFEST = "dsparse.json"
 VERSION = 1
 WEIGHTS = "weights"
 ASIDE = "aside.safetensors"  # tensors that the model does not use
-LAYOUT = Layout(layer_prefix="layer_{}.", top=(), layer=())  # parameters under their own paths
+LAYOUT = Layout(prefixes=(Prefix("layer_{}."),), top=(), layer=())  # parameters under their own paths
 
 _ZARR_DTYPES = {dtype.str: dtype for dtype in DTYPES.values() if dtype.kind != "V"} | {d.name: d for d in DTYPES.values()}
 

@@ -18,7 +18,7 @@ from dsparse.compressed import CompressedAttention
 from dsparse.cache import Arrays, CacheLayer
 from dsparse.config import LayerSpec, ModelConfig
 from dsparse.context import Context
-from dsparse.hyper import HyperConnection
+from dsparse.hyper import HyperConnection, HyperHead
 from dsparse.layers import GatedMLP, Linear, RMSNorm
 from dsparse.moe import MixtureOfExperts, Routing
 from dsparse.params import Scope, normal
@@ -101,6 +101,7 @@ def residual(
 class MTPLayer(nnx.Module):
     """Multi-token prediction module (DeepSeek-V3, section 2.2): one block on [norm(embedding), norm(hidden)] projected.
 
+    With hyper-connections the two are projected apart (every stream by the same matrix) and added.
     embed_tokens and shared_head are None where they are the main model's, as in every published checkpoint; the layer
     has its own if `scope.storage` names them.
     """
@@ -109,7 +110,12 @@ class MTPLayer(nnx.Module):
         d, init = config.hidden_size, normal(config.initializer_range)
         self.enorm = RMSNorm(scope["enorm"], d, config.rms_norm_eps)
         self.hnorm = RMSNorm(scope["hnorm"], d, config.rms_norm_eps)
-        self.eh_proj = Linear(scope["eh_proj"], 2 * d, d, ("embed", None), init)
+        if config.hc_mult:
+            self.e_proj = Linear(scope["e_proj"], d, d, ("embed", None), init)
+            self.h_proj = Linear(scope["h_proj"], d, d, ("embed", None), init)
+            self.hc_head = HyperHead(scope["hc_head"], config)
+        else:
+            self.eh_proj = Linear(scope["eh_proj"], 2 * d, d, ("embed", None), init)
         self.block = Block(scope, config, spec)
         self.norm = RMSNorm(scope["shared_head.norm"], d, config.rms_norm_eps)
         own = [name for name in ("embed_tokens", "shared_head.head") if f"{name}.weight" in scope.storage]
