@@ -25,6 +25,26 @@ THREADS = 128  # of a warpgroup
 
 _WAIT = "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1;\n@!done bra AGAIN;\n}"
 
+# Two neighbouring lanes hold two columns each of two 8-column blocks; they swap so that each has four columns of one.
+_SWAP = """{
+.reg .pred odd;
+.reg .f32 sent0, sent1, got0, got1;
+setp.ne.u32 odd, $8, 0;
+selp.f32 sent0, $4, $6, odd;
+selp.f32 sent1, $5, $7, odd;
+shfl.sync.bfly.b32 got0, sent0, 1, 0x1f, 0xffffffff;
+shfl.sync.bfly.b32 got1, sent1, 1, 0x1f, 0xffffffff;
+selp.f32 $0, got0, $4, odd;
+selp.f32 $1, got1, $5, odd;
+selp.f32 $2, $6, got0, odd;
+selp.f32 $3, $7, got1, odd;
+}"""
+_ADD_FIXED_POINT = """{
+.reg .s64 whole;
+cvt.rni.s64.f32 whole, $1;
+red.global.add.u64 [$0+OFFSET], whole;
+}"""
+
 
 def _i32(value: int) -> ir.Value:
     kind = ir.IntegerType.get_signless(32)
@@ -126,29 +146,36 @@ def free(barriers, parts: Sequence[Part], number: int) -> None:
     arrive(barriers)
 
 
-def gather(kv, indices, steps, tile, tail, bias, barriers, parts: Sequence[Part], *, slots: int) -> None:
-    """A warpgroup fills the slots with rows `indices` of `kv`, step after step, as readers free them.
+def gather(
+    kv, indices, steps, tile, tail, bias, barriers, parts: Sequence[Part], *, slots: int, items, per_row: int
+) -> None:
+    """A warpgroup fills the slots with the rows that index lists name, step after step, as readers free them.
 
     Args:
-      kv: GMEM [S, H], 16-bit. Rows outside [0, S) are zeros.
-      indices: GMEM int32[K], K at least steps * slots * ROWS.
-      steps: GMEM int32[1], how many times all slots are filled.
+      kv: GMEM [B, S, H], 16-bit. Rows outside [0, S) are zeros.
+      indices: GMEM int32[R, K], K at least steps * slots * ROWS; list r names rows of kv[r // (R / B)].
+      steps: GMEM int32[R], how many times all slots are filled from each list.
       tile: SMEM [slots, ROWS, 512], swizzled: the first 512 columns.
       tail: SMEM [slots, ROWS, 64], swizzled: the columns from 512 on, if kv has them.
       bias: SMEM float32[slots, ROWS]: 0 for a row of kv, -inf for none.
       barriers: see `barrier_scratch`.
       parts: in the order in which readers free them.
       slots: tiles of a step.
+      items: (first, stride, end): the lists to take, one after another, are those of items // per_row.
+      per_row: items a list is for.
     """
-    rows_of_kv, width = kv.shape
+    _, rows_of_kv, width = kv.shape
+    lists_of_entry = indices.shape[0] // kv.shape[0]
+    list_length = indices.shape[1]
+    first_item, stride, end = items
     swizzled = plgpu.RefType(mosaic.swizzled(kv.dtype))
     plain = plgpu.RefType()
     group_rows = THREADS // 8  # eight threads copy the 128 bytes of a chunk, so a pass covers 16 rows
     passes = ROWS // group_rows
     tile_bytes, tail_bytes = ROWS * 512 * 2, ROWS * CHUNK * 2
 
-    @plgpu.inline_mgpu(arg_types=(plain, plain, plain, swizzled, swizzled, plain, plain))
-    def run(ctx, kv, indices, steps, tile, tail, bias, barriers):
+    @plgpu.inline_mgpu(arg_types=(plain, plain, plain, swizzled, swizzled, plain, plain, plgpu.Layout.WG_SPLAT))
+    def run(ctx, kv, indices, steps, tile, tail, bias, barriers, first_item):
         i32, i64, f32 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.F32Type.get()
         thread = arith.remui(utils.thread_idx(), _i32(THREADS))
         group, lane = arith.divui(thread, _i32(8)), arith.remui(thread, _i32(8))
@@ -160,16 +187,15 @@ def gather(kv, indices, steps, tile, tail, bias, barriers, parts: Sequence[Part]
         bias_at = arith.addi(_smem_address(bias), arith.muli(group, _i32(4)))
         barrier_at = _smem_address(barriers)
         kv_at = llvm.ptrtoint(i64, _gmem_pointer(kv))
-        source = arith.addi(kv_at, arith.extui(i64, arith.muli(lane, _i32(16))))
-        indices_at = _gmem_pointer(indices)
-        count = llvm.load(i32, _gmem_pointer(steps))
+        lane_at = arith.addi(kv_at, arith.extui(i64, arith.muli(lane, _i32(16))))
+        indices_at, steps_at = _gmem_pointer(indices), _gmem_pointer(steps)
         zero = arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
         minus_inf = arith.constant(f32, ir.FloatAttr.get(f32, -math.inf))
 
-        def load_indices(step):
+        def load_indices(list_at, step):
             first = arith.addi(arith.muli(step, _i32(slots * ROWS)), group)
             offsets = [arith.addi(first, _i32(group_rows * j)) for j in range(slots * passes)]
-            return [llvm.load(i32, utils.getelementptr(indices_at, [o], i32)) for o in offsets]
+            return [llvm.load(i32, utils.getelementptr(list_at, [o], i32)) for o in offsets]
 
         def copy_part(part, rows):
             for j, (row, size, bias_value) in enumerate(rows[passes * part.slot : passes * (part.slot + 1)]):
@@ -184,32 +210,93 @@ def gather(kv, indices, steps, tile, tail, bias, barriers, parts: Sequence[Part]
                     lines.append(f"cp.async.cg.shared.global.L2::256B [{target}], [$2+{128 * chunk}], 16, $3;")
                 _asm("\n".join(lines), [tile_at, tail_at, row, size], "r,r,l,r")
 
-        some = scf.IfOp(arith.cmpi(arith.CmpIPredicate.sgt, count, _i32(0)))
-        with ir.InsertionPoint(some.then_block):
-            loop = scf.ForOp(_i32(0), count, _i32(1), load_indices(_i32(0)))
-            with ir.InsertionPoint(loop.body):
-                step = loop.induction_variable
+        def gather_step(source, indices_of_rows, total):
+            rows = []
+            for index in indices_of_rows:
+                valid = arith.cmpi(arith.CmpIPredicate.ult, index, _i32(rows_of_kv))
+                offset = arith.muli(arith.extui(i64, arith.select(valid, index, _i32(0))), _i64(2 * width))
+                size = arith.select(valid, _i32(16), _i32(0))
+                rows.append((arith.addi(source, offset), size, arith.select(valid, zero, minus_inf)))
+            # A fresh barrier counts the phase before its first as over, so the first wait passes.
+            phase = arith.andi(arith.addi(total, _i32(1)), _i32(1))
+            for number, part in enumerate(parts):
+                _asm(_WAIT, [arith.addi(barrier_at, _i32(8 * (len(parts) + number))), phase], "r,r")
+                copy_part(part, rows)
+                _asm(f"cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0+{8 * number}];", [barrier_at], "r")
+                if part.first:
+                    _asm(f"mbarrier.arrive.shared::cta.b64 _, [$0+{8 * number}];", [barrier_at], "r")
+
+        per_item = scf.ForOp(first_item.registers.item(), _i32(end), _i32(stride), [_i32(0)])
+        with ir.InsertionPoint(per_item.body):
+            (total,) = per_item.inner_iter_args
+            number = arith.divui(per_item.induction_variable, _i32(per_row))
+            count = llvm.load(i32, utils.getelementptr(steps_at, [number], i32))
+            list_at = utils.getelementptr(indices_at, [arith.muli(arith.extui(i64, number), _i64(list_length))], i32)
+            entry = arith.extui(i64, arith.divui(number, _i32(lists_of_entry)))
+            source = arith.addi(lane_at, arith.muli(entry, _i64(2 * rows_of_kv * width)))
+            per_step = scf.ForOp(_i32(0), count, _i32(1), load_indices(list_at, _i32(0)))
+            with ir.InsertionPoint(per_step.body):
+                step = per_step.induction_variable
                 # The next step's indices are on their way while this step waits for its slots.
-                following = load_indices(arith.minsi(arith.addi(step, _i32(1)), arith.subi(count, _i32(1))))
-                rows = []
-                for index in loop.inner_iter_args:
-                    valid = arith.cmpi(arith.CmpIPredicate.ult, index, _i32(rows_of_kv))
-                    offset = arith.muli(arith.extui(i64, arith.select(valid, index, _i32(0))), _i64(2 * width))
-                    size = arith.select(valid, _i32(16), _i32(0))
-                    rows.append((arith.addi(source, offset), size, arith.select(valid, zero, minus_inf)))
-                # A fresh barrier counts the phase before its first as over, so the first wait passes.
-                phase = arith.andi(arith.addi(step, _i32(1)), _i32(1))
-                for number, part in enumerate(parts):
-                    _asm(_WAIT, [arith.addi(barrier_at, _i32(8 * (len(parts) + number))), phase], "r,r")
-                    copy_part(part, rows)
-                    _asm(f"cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0+{8 * number}];", [barrier_at], "r")
-                    if part.first:
-                        _asm(f"mbarrier.arrive.shared::cta.b64 _, [$0+{8 * number}];", [barrier_at], "r")
+                following = arith.minsi(arith.addi(step, _i32(1)), arith.subi(count, _i32(1)))
+                following = load_indices(list_at, following)
+                gather_step(source, list(per_step.inner_iter_args), arith.addi(total, step))
                 scf.yield_(following)
-            scf.yield_([])
+            scf.yield_([arith.addi(total, count)])
         _asm("cp.async.wait_all;")
 
-    run(kv, indices, steps, tile, tail, bias, barriers)
+    run(kv, indices, steps, tile, tail, bias, barriers, first_item)
+
+
+def _accumulator_row() -> tuple[ir.Value, ir.Value]:
+    """The thread's first row of a wgmma accumulator (its second is 8 below), and its first column's number over 2."""
+    thread = arith.remui(utils.thread_idx(), _i32(THREADS))
+    warp, lane = arith.divui(thread, _i32(32)), arith.remui(thread, _i32(32))
+    return arith.addi(arith.muli(warp, _i32(16)), arith.divui(lane, _i32(4))), arith.remui(lane, _i32(4))
+
+
+def _elements(register: ir.Value) -> list[ir.Value]:
+    if isinstance(register.type, ir.VectorType):
+        return [vector.extract(register, [], [k]) for k in range(ir.VectorType(register.type).shape[0])]
+    return [register]
+
+
+def store(values: jax.Array, target) -> None:
+    """A warpgroup stores float32[ROWS, n], in the layout of a wgmma accumulator, as bf16 to GMEM bf16[ROWS, n].
+
+    Straight from registers: a stage in shared memory would hold up whatever that memory is for.
+    """
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
+    def run(ctx, values, target):
+        i64 = ir.IntegerType.get_signless(64)
+        strides, _ = ir.MemRefType(target.type).get_strides_and_offset()
+        row, pair = _accumulator_row()
+        offset = arith.addi(arith.muli(row, _i32(2 * strides[0])), arith.muli(pair, _i32(4)))
+        address = arith.addi(llvm.ptrtoint(i64, _gmem_pointer(target)), arith.extui(i64, offset))
+        registers = list(values.registers.flat)
+        for half in (0, 1):
+            for block, register in enumerate(registers[half::2]):
+                a, b = _elements(register)
+                at = half * 8 * 2 * strides[0] + block * 16
+                text = f"{{\n.reg .b32 both;\ncvt.rn.bf16x2.f32 both, $2, $1;\nst.global.b32 [$0+{at}], both;\n}}"
+                _asm(text, [address, a, b], "l,f,f")
+
+    run(values, target)
+
+
+def store_vector(values: jax.Array, target) -> None:
+    """A warpgroup stores float32[ROWS], a value a row of a wgmma accumulator, to GMEM float32[ROWS]."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA.reduce(1), plgpu.RefType()))
+    def run(ctx, values, target):
+        i64 = ir.IntegerType.get_signless(64)
+        row, _ = _accumulator_row()
+        offset = arith.extui(i64, arith.muli(row, _i32(4)))
+        address = arith.addi(llvm.ptrtoint(i64, _gmem_pointer(target)), offset)
+        for half, register in enumerate(values.registers.flat):
+            _asm(f"st.global.f32 [$0+{32 * half}], $1;", [address, _elements(register)[0]], "l,f")
+
+    run(values, target)
 
 
 def scatter_add(values: jax.Array, target, indices, first_column: int, unit: jax.Array | None = None) -> None:
@@ -233,34 +320,42 @@ def scatter_add(values: jax.Array, target, indices, first_column: int, unit: jax
     @plgpu.inline_mgpu(arg_types=arg_types)
     def run(ctx, values, target, indices, unit=None):
         i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-        thread = arith.remui(utils.thread_idx(), _i32(THREADS))
-        warp, lane = arith.divui(thread, _i32(32)), arith.remui(thread, _i32(32))
-        row = arith.addi(arith.muli(warp, _i32(16)), arith.divui(lane, _i32(4)))
-        column = arith.muli(arith.remui(lane, _i32(4)), _i32(2 * element))
-        base = arith.addi(llvm.ptrtoint(i64, _gmem_pointer(target)), arith.extui(i64, column))
+        row, pair = _accumulator_row()
+        base = llvm.ptrtoint(i64, _gmem_pointer(target))
         # An accumulator's registers: for each 8 columns, a pair of columns of row r and one of row r + 8.
         registers = list(values.registers.flat)
+        odd, pair_of_lanes = arith.andi(pair, _i32(1)), arith.shrui(pair, _i32(1))
+        if unit is None:
+            lane_offset = arith.addi(arith.muli(odd, _i32(32)), arith.muli(pair_of_lanes, _i32(16)))
+        else:
+            lane_offset = arith.muli(pair, _i32(16))
+        base = arith.addi(base, arith.extui(i64, lane_offset))
+
+        def swap(*columns):
+            four = ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>")
+            constraints = "=f,=f,=f,=f,f,f,f,f,r"
+            swapped = llvm.inline_asm(four, [*columns, odd], _SWAP, constraints, has_side_effects=True)
+            return [llvm.extractvalue(ir.F32Type.get(), swapped, [k]) for k in range(4)]
+
         for half in (0, 1):
-            index = llvm.load(
-                i32, utils.getelementptr(_gmem_pointer(indices), [arith.addi(row, _i32(8 * half))], i32)
-            )
-            valid = arith.cmpi(arith.CmpIPredicate.ult, index, _i32(rows_of_target))
-            branch = scf.IfOp(valid)
+            index_at = utils.getelementptr(_gmem_pointer(indices), [arith.addi(row, _i32(8 * half))], i32)
+            index = llvm.load(i32, index_at)
+            blocks = [_elements(register) for register in registers[half::2]]
+            if unit is None:
+                blocks = [swap(*blocks[n], *blocks[n + 1]) for n in range(0, len(blocks), 2)]
+            branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, index, _i32(rows_of_target)))
             with ir.InsertionPoint(branch.then_block):
                 address = arith.addi(base, arith.muli(arith.extui(i64, index), _i64(4 * words)))
-                for block, pair in enumerate(registers[half::2]):
-                    a, b = (vector.extract(pair, [], [k]) for k in (0, 1))
-                    offset = (first_column + 8 * block) * element
+                for number, block in enumerate(blocks):
                     if unit is None:
-                        _asm(f"red.global.add.v2.f32 [$0+{offset}], {{$1, $2}};", [address, a, b], "l,f,f")
+                        at = 4 * (first_column + 16 * number)
+                        text = f"red.global.add.v4.f32 [$0+{at}], {{$1, $2, $3, $4}};"
+                        _asm(text, [address, *block], "l,f,f,f,f")
                         continue
-                    for k, x in enumerate((a, b)):
-                        scaled = arith.mulf(x, unit.registers.item())
-                        text = (
-                            "{\n.reg .s64 whole;\ncvt.rni.s64.f32 whole, $1;\n"
-                            f"red.global.add.u64 [$0+{offset + 8 * k}], whole;\n}}"
-                        )
-                        _asm(text, [address, scaled], "l,f")
+                    for k, value in enumerate(block):
+                        at = 8 * (first_column + 8 * number + k)
+                        scaled = arith.mulf(value, unit.registers.item())
+                        _asm(_ADD_FIXED_POINT.replace("OFFSET", str(at)), [address, scaled], "l,f")
                 scf.yield_([])
 
     run(*args)

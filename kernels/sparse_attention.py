@@ -87,11 +87,11 @@ def _rows(x: Array) -> Array:
 
 
 def _index_rows(indices: Array, num_keys: int, step: int) -> tuple[Array, Array]:
-    """Index lists padded to whole loop steps, and how many steps reach each list's last valid index."""
+    """Index lists padded to whole loop steps, and how many steps (one at least) reach each list's last valid index."""
     lists = _pad(_rows(indices.astype(jnp.int32)), 1, step, -1)
     valid = (lists >= 0) & (lists < num_keys)
     used = jnp.max(jnp.where(valid, jnp.arange(1, lists.shape[1] + 1, dtype=jnp.int32), 0), axis=1)
-    return lists, (used + step - 1) // step
+    return lists, jnp.maximum((used + step - 1) // step, 1)
 
 
 def _forward(q, kv, indices, sinks, scale, deterministic):
@@ -104,6 +104,7 @@ def _forward(q, kv, indices, sinks, scale, deterministic):
         lists,
         steps,
         _pad(sinks, 0, forward_kernel.HEADS, -jnp.inf),
+        num_blocks=mosaic.num_multiprocessors(),
         scale=scale,
     )
     out = out[:, :heads].reshape(batch, queries, heads, -1)

@@ -39,6 +39,7 @@ def backward(q, kv, indices, steps, dout, lse, delta, unit, *, scale: float, det
     num_rows, num_heads, head_dim = q.shape
     batch, num_keys, _ = kv.shape
     queries, head_blocks = num_rows // batch, num_heads // HEADS
+    blocks = num_rows * head_blocks
     has_tail = head_dim > V_DIM
     tail = tuple(range(8, head_dim // rows.CHUNK))
     parts = (rows.Part(0, tuple(range(4))), rows.Part(0, tuple(range(4, 8)) + tail))
@@ -110,7 +111,7 @@ def backward(q, kv, indices, steps, dout, lse, delta, unit, *, scale: float, det
 
         @pl.when(wg == 0)
         def score():
-            plgpu.set_max_registers(224, action="increase")
+            plgpu.set_max_registers(232, action="increase")
             for half in (0, 1):
                 plgpu.copy_gmem_to_smem(q_g.at[row, heads, pl.ds(half * HALF, HALF)], q_s.at[half], q_ready)
             if has_tail:
@@ -153,7 +154,7 @@ def backward(q, kv, indices, steps, dout, lse, delta, unit, *, scale: float, det
 
         @pl.when(wg == 1)
         def differentiate():
-            plgpu.set_max_registers(224, action="increase")
+            plgpu.set_max_registers(232, action="increase")
             plgpu.barrier_wait(dout_ready)
             plgpu.barrier_wait(q_ready)
             delta = heads_vector(delta_g)
@@ -198,10 +199,19 @@ def backward(q, kv, indices, steps, dout, lse, delta, unit, *, scale: float, det
 
         @pl.when(wg == 2)
         def gather():
-            plgpu.set_max_registers(56, action="decrease")
-            row_steps = steps_g.at[pl.ds(row, 1)]
+            plgpu.set_max_registers(40, action="decrease")
             rows.gather(
-                kv_g.at[entry], indices_g.at[row], row_steps, tile_s, tail_s or p_s, bias_s, barriers, parts, slots=1
+                kv_g,
+                indices_g,
+                steps_g,
+                tile_s,
+                tail_s or p_s,
+                bias_s,
+                barriers,
+                parts,
+                slots=1,
+                items=(block, blocks, blocks),
+                per_row=head_blocks,
             )
 
     def tiles(*shape):
@@ -228,7 +238,7 @@ def backward(q, kv, indices, steps, dout, lse, delta, unit, *, scale: float, det
             plgpu.Barrier(num_arrivals=3),
             *[plgpu.Barrier()] * 5,
         ),
-        grid=(num_rows * head_blocks,),
+        grid=(blocks,),
         grid_names=("block",),
         num_threads=3,
         thread_name="wg",

@@ -24,7 +24,7 @@ LOG2_E = math.log2(math.e)
 _MINUS_INF = -1e30  # a maximum over nothing: finite, so that differences stay numbers
 
 _LEFT0, _RIGHT0, _LEFT1, _RIGHT1 = range(4)  # the parts, in the order in which they are freed
-_AL0, _M0, _AL1, _M1, _L0, _L1 = range(6)  # what the computing warpgroups tell each other
+TOLD = 3  # vectors that the computing warpgroups tell each other: how the maximum moved, the maximum, the sum
 
 
 def gather_parts(head_dim: int) -> tuple[rows.Part, ...]:
@@ -35,16 +35,18 @@ def gather_parts(head_dim: int) -> tuple[rows.Part, ...]:
     return rows.Part(0, left), rows.Part(0, right + tail), rows.Part(1, left + tail), rows.Part(1, right)
 
 
-def forward(q, kv, indices, steps, sinks, *, scale: float, interpret=None):
+def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, interpret=None):
     """Sparse attention of queries R = B * T, each over the rows of its batch entry.
 
     Args:
       q: bf16[R, N, H], N a multiple of 64, H 512 or 576.
       kv: bf16[B, S, H].
       indices: int32[R, K], K a multiple of 128; outside [0, S) stands for nothing.
-      steps: int32[R], how many blocks of 128 indices to look at.
+      steps: int32[R], how many blocks of 128 indices to look at; at least 1.
       sinks: float32[N], -inf for none.
       scale: of the logits.
+      num_blocks: of the device, one a multiprocessor: each takes queries until none is left, and loads the next
+        one's rows while it finishes one.
       interpret: None, or `mosaic.interpret_params()`.
 
     Returns:
@@ -53,6 +55,8 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, interpret=None):
     num_rows, num_heads, head_dim = q.shape
     batch, num_keys, _ = kv.shape
     queries, head_blocks = num_rows // batch, num_heads // HEADS
+    items = num_rows * head_blocks
+    blocks = min(items, num_blocks)
     has_tail = head_dim > V_DIM
     parts = gather_parts(head_dim)
     layout = plgpu.Layout.WGMMA
@@ -68,17 +72,30 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, interpret=None):
         return constant if interpret else plgpu.layout_cast(constant, layout.reduce(1))
 
     def kernel(q_g, kv_g, indices_g, steps_g, sinks_g, out_g, lse_g, *scratch):
-        q_s, q_tail_s, tile_s, tail_s, bias_s, told_s, lse_s, barriers, q_ready, start, p_ready, full, freed, *sums = scratch
-        # One grid axis: a second one could not exceed 65535. The head blocks of a query share its rows in the cache.
-        block = lax.axis_index("block")
-        row, heads = lax.div(block, head_blocks), pl.ds(lax.rem(block, head_blocks) * HEADS, HEADS)
+        q_s, q_tail_s, tile_s, tail_s, bias_s, told_s, barriers, q_ready, start, p_ready, full, freed, *sums = scratch
         wg = lax.axis_index("wg")
-        num_steps = steps_g[row]
+        first = lax.axis_index("block")
 
         if not interpret:
             pl.when(wg == 0)(lambda: rows.init_barriers(barriers, parts))
             plgpu.barrier_arrive(start)
             plgpu.barrier_wait(start)
+
+        def where(item):
+            # The head blocks of a query follow each other, and so share its rows in the cache.
+            return lax.div(item, head_blocks), pl.ds(lax.rem(item, head_blocks) * HEADS, HEADS)
+
+        def for_items(body):
+            """body(item, steps before it) -> its steps, for each of this block's items."""
+            count = lax.div(items - first + blocks - 1, blocks)
+            lax.fori_loop(0, count, lambda n, done: done + body(first + n * blocks, done), jnp.int32(0))
+
+        def load_q(item):
+            row, heads = where(item)
+            for half in (0, 1):
+                plgpu.copy_gmem_to_smem(q_g.at[row, heads, pl.ds(half * HALF, HALF)], q_s.at[half], q_ready)
+            if has_tail:
+                plgpu.copy_gmem_to_smem(q_g.at[row, heads, pl.ds(V_DIM, rows.CHUNK)], q_tail_s.at[0], q_ready)
 
         def wait_full(part, step):
             plgpu.barrier_wait(full.at[part]) if interpret else rows.wait_full(barriers, part, step)
@@ -100,13 +117,17 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, interpret=None):
             s = pl.run_scoped(products, plgpu.ACC((HEADS, rows.ROWS), jnp.float32))
             return s * (scale * LOG2_E) + spread(vector(bias_s.at[slot], 0), s, 1)
 
-        def tell(probabilities, slot, alpha_at, alpha, m):
-            """Hands a tile's probabilities, and how the maximum moved, to the other warpgroup."""
+        def tell(probabilities, slot, *vectors):
+            """Hands a tile's probabilities, and vectors over heads, to the other warpgroup."""
             tail_s[slot] = probabilities
-            told_s[alpha_at] = alpha
-            told_s[alpha_at + 1] = m
+            for number, value in enumerate(vectors):
+                told_s[TOLD * slot + number] = value
             plgpu.commit_smem()
             plgpu.barrier_arrive(p_ready.at[slot])
+
+        def listen(slot):
+            plgpu.barrier_wait(p_ready.at[slot])
+            return [vector(told_s.at[TOLD * slot + number], 1) for number in range(TOLD)]
 
         def rescale(out, alpha):
             value = out[...]
@@ -127,135 +148,159 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, interpret=None):
         def values(slot, half):
             return tile_s.at[slot, :, pl.ds(half * HALF, HALF)]
 
-        def store(out, m, l, half):
-            sink = vector(sinks_g.at[heads], 1, optimized=False) * LOG2_E
+        def sinks_of(item):
+            return vector(sinks_g.at[where(item)[1]], 1, optimized=False) * LOG2_E
+
+        def store(item, out, m, l, sink, half):
+            row, heads = where(item)
             top = jnp.maximum(m, sink)
             alpha = jnp.exp2(m - top)
             total = l * alpha + jnp.exp2(sink - top)
-            q_s[half] = (out * spread(jnp.where(total > 0, alpha / total, 0.0), out, 0)).astype(out_g.dtype)
+            out = out * spread(jnp.where(total > 0, alpha / total, 0.0), out, 0)
+            lse = (top + jnp.log2(total)) / LOG2_E
+            target = out_g.at[row, heads, pl.ds(half * HALF, HALF)]
+            if interpret:
+                target[...] = out.astype(out_g.dtype)
+                if half == 0:
+                    lse_g[row, heads] = lse
+                return
+            rows.store(out, target)
             if half == 0:
-                lse_s[...] = (top + jnp.log2(total)) / LOG2_E
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_s.at[half], out_g.at[row, heads, pl.ds(half * HALF, HALF)])
-            if half == 0:
-                plgpu.copy_smem_to_gmem(lse_s, lse_g.at[row, heads])
-            plgpu.wait_smem_to_gmem(0)
+                rows.store_vector(lse, lse_g.at[row, heads])
 
         @pl.when(wg == 0)
         def left():
             plgpu.set_max_registers(216, action="increase")
-            plgpu.copy_gmem_to_smem(q_g.at[row, heads, pl.ds(0, HALF)], q_s.at[0], q_ready)
-            plgpu.copy_gmem_to_smem(q_g.at[row, heads, pl.ds(HALF, HALF)], q_s.at[1], q_ready)
-            if has_tail:
-                plgpu.copy_gmem_to_smem(q_g.at[row, heads, pl.ds(V_DIM, rows.CHUNK)], q_tail_s.at[0], q_ready)
-            plgpu.barrier_wait(q_ready)
+            load_q(first)
 
-            def attend(out):
-                def step(i, carry):
-                    m, l = carry
-                    s = scores(0, i)
-                    top = jnp.maximum(m, s.max(axis=1))
-                    alpha = jnp.exp2(m - top)
-                    p = jnp.exp2(s - spread(top, s, 0))
-                    p16 = p.astype(kv.dtype)
-                    tell(p16, 0, _AL0, alpha, top)
-                    l = l * alpha + p.sum(axis=1)
-                    rescale(out, alpha)
-                    add_product(out, tail_s.at[0] if interpret else p16, values(0, 0))
-                    plgpu.wgmma_wait(0)
-                    free(_LEFT0)
-                    plgpu.barrier_wait(p_ready.at[1])
-                    alpha, m = vector(told_s.at[_AL1], 1), vector(told_s.at[_M1], 1)
-                    rescale(out, alpha)
-                    add_product(out, tail_s.at[1], values(1, 0))
-                    plgpu.wgmma_wait(0)
-                    free(_LEFT1)
-                    return m, l * alpha
+            def attend(item, done):
+                num_steps = steps_g[where(item)[0]]
+                sink = sinks_of(item)
+                plgpu.barrier_wait(q_ready)
 
-                m, l = lax.fori_loop(0, num_steps, step, (filled(_MINUS_INF), filled(0.0)))
-                return out[...], m, l
+                def run(out):
+                    def step(i, carry):
+                        m, l, _ = carry
+                        s = scores(0, done + i)
+                        top = jnp.maximum(m, s.max(axis=1))
+                        alpha = jnp.exp2(m - top)
+                        p = jnp.exp2(s - spread(top, s, 0))
+                        p16 = p.astype(kv.dtype)
+                        l = l * alpha + p.sum(axis=1)
+                        tell(p16, 0, alpha, top, l)
+                        rescale(out, alpha)
+                        add_product(out, tail_s.at[0] if interpret else p16, values(0, 0))
+                        plgpu.wgmma_wait(0)
+                        free(_LEFT0)
+                        alpha, m, other_l = listen(1)
+                        # Both have scored the item's last tiles: its queries may make room for the next item's.
+                        last = (i == num_steps - 1) & (item + blocks < items)
+                        pl.when(last)(lambda: load_q(item + blocks))
+                        rescale(out, alpha)
+                        add_product(out, tail_s.at[1], values(1, 0))
+                        plgpu.wgmma_wait(0)
+                        free(_LEFT1)
+                        return m, l * alpha, other_l
 
-            out, m, l = accumulate(attend, 0)
-            told_s[_L0] = l
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(p_ready.at[0])
-            plgpu.barrier_wait(p_ready.at[1])
-            store(out, m, l + vector(told_s.at[_L1], 1), 0)
+                    m, l, other_l = lax.fori_loop(0, num_steps, step, (filled(_MINUS_INF), filled(0.0), filled(0.0)))
+                    return out[...], m, l + other_l
+
+                store(item, *accumulate(run, 0), sink, 0)
+                return num_steps
+
+            for_items(attend)
 
         @pl.when(wg == 1)
         def right():
             plgpu.set_max_registers(216, action="increase")
-            plgpu.barrier_wait(q_ready)
 
-            def attend(out):
-                def step(i, carry):
-                    _, l = carry
-                    s = scores(1, i)
-                    top = s.max(axis=1)
-                    plgpu.barrier_wait(p_ready.at[0])
-                    alpha0, m = vector(told_s.at[_AL0], 1), vector(told_s.at[_M0], 1)
-                    rescale(out, alpha0)
-                    add_product(out, tail_s.at[0], values(0, 1))
-                    top = jnp.maximum(m, top)
-                    alpha = jnp.exp2(m - top)
-                    p = jnp.exp2(s - spread(top, s, 0))
-                    p16 = p.astype(kv.dtype)
-                    tell(p16, 1, _AL1, alpha, top)
-                    l = l * (alpha0 * alpha) + p.sum(axis=1)
-                    plgpu.wgmma_wait(0)
-                    free(_RIGHT0)
-                    rescale(out, alpha)
-                    add_product(out, tail_s.at[1] if interpret else p16, values(1, 1))
-                    plgpu.wgmma_wait(0)
-                    free(_RIGHT1)
-                    return top, l
+            def attend(item, done):
+                num_steps = steps_g[where(item)[0]]
+                sink = sinks_of(item)
+                plgpu.barrier_wait(q_ready)
 
-                m, l = lax.fori_loop(0, num_steps, step, (filled(_MINUS_INF), filled(0.0)))
-                return out[...], m, l
+                def run(out):
+                    def step(i, carry):
+                        _, l, _ = carry
+                        s = scores(1, done + i)
+                        top = s.max(axis=1)
+                        alpha0, m, other_l = listen(0)
+                        rescale(out, alpha0)
+                        add_product(out, tail_s.at[0], values(0, 1))
+                        top = jnp.maximum(m, top)
+                        alpha = jnp.exp2(m - top)
+                        p = jnp.exp2(s - spread(top, s, 0))
+                        p16 = p.astype(kv.dtype)
+                        l = l * (alpha0 * alpha) + p.sum(axis=1)
+                        tell(p16, 1, alpha, top, l)
+                        plgpu.wgmma_wait(0)
+                        free(_RIGHT0)
+                        rescale(out, alpha)
+                        add_product(out, tail_s.at[1] if interpret else p16, values(1, 1))
+                        plgpu.wgmma_wait(0)
+                        free(_RIGHT1)
+                        return top, l, other_l * alpha
 
-            out, m, l = accumulate(attend, 1)
-            plgpu.barrier_wait(p_ready.at[0])
-            told_s[_L1] = l
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(p_ready.at[1])
-            store(out, m, l + vector(told_s.at[_L0], 1), 1)
+                    m, l, other_l = lax.fori_loop(0, num_steps, step, (filled(_MINUS_INF), filled(0.0), filled(0.0)))
+                    return out[...], m, l + other_l
+
+                store(item, *accumulate(run, 1), sink, 1)
+                return num_steps
+
+            for_items(attend)
 
         @pl.when(wg == 2)
         def gather():
             plgpu.set_max_registers(72, action="decrease")
-            kv_rows = kv_g.at[lax.div(row, queries)]
             if not interpret:
-                row_steps = steps_g.at[pl.ds(row, 1)]
                 rows.gather(
-                    kv_rows, indices_g.at[row], row_steps, tile_s, tail_s, bias_s, barriers, parts, slots=2
+                    kv_g,
+                    indices_g,
+                    steps_g,
+                    tile_s,
+                    tail_s,
+                    bias_s,
+                    barriers,
+                    parts,
+                    slots=2,
+                    items=(first, blocks, items),
+                    per_row=head_blocks,
                 )
                 return
 
-            def step(i, _):
-                for number, part in enumerate(parts):
-                    pl.when(i > 0)(lambda number=number: plgpu.barrier_wait(freed.at[number]))
+            def attend(item, done):
+                row, _ = where(item)
+                gather_interpreted(kv_g.at[lax.div(row, queries)], indices_g.at[row], steps_g[row], done)
+                return steps_g[row]
 
-                    def one(r, _, part=part):
-                        index = indices_g[row, i * STEP + part.slot * rows.ROWS + r]
-                        valid = (index >= 0) & (index < num_keys)
-                        source = jnp.where(valid, index, 0)
-                        if part.first:
-                            bias_s[part.slot, r] = jnp.where(valid, 0.0, -jnp.inf)
-                        for chunk in part.chunks:
-                            columns = kv_rows[source, pl.ds(chunk * rows.CHUNK, rows.CHUNK)]
-                            columns = jnp.where(valid, columns, jnp.zeros_like(columns))
-                            if chunk < 8:
-                                tile_s[part.slot, r, pl.ds(chunk * rows.CHUNK, rows.CHUNK)] = columns
-                            else:
-                                tail_s[part.slot, r] = columns
-                        return ()
+            def gather_interpreted(kv_rows, list_g, num_steps, done):
+                def step(i, _):
+                    for number, part in enumerate(parts):
+                        pl.when(done + i > 0)(lambda number=number: plgpu.barrier_wait(freed.at[number]))
 
-                    lax.fori_loop(0, rows.ROWS, one, ())
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(full.at[number])
-                return ()
+                        def one(r, _, part=part):
+                            index = list_g[i * STEP + part.slot * rows.ROWS + r]
+                            valid = (index >= 0) & (index < num_keys)
+                            source = kv_rows[jnp.where(valid, index, 0)]
+                            source = jnp.where(valid, source, jnp.zeros_like(source))
+                            if part.first:
+                                bias_s[part.slot, r] = jnp.where(valid, 0.0, -jnp.inf)
+                            low = part.chunks[0] * rows.CHUNK
+                            in_tile = [c for c in part.chunks if c < 8]
+                            high = (in_tile[-1] + 1) * rows.CHUNK
+                            tile_s[part.slot, r, pl.ds(low, high - low)] = source[low:high]
+                            if part.chunks[-1] >= 8:
+                                tail_s[part.slot, r] = source[V_DIM:]
+                            return ()
 
-            lax.fori_loop(0, num_steps, step, ())
+                        lax.fori_loop(0, rows.ROWS, one, ())
+                        plgpu.commit_smem()
+                        plgpu.barrier_arrive(full.at[number])
+                    return ()
+
+                lax.fori_loop(0, num_steps, step, ())
+
+            for_items(attend)
 
     def tiles(*shape):
         return plgpu.SMEM(shape, q.dtype, transforms=mosaic.swizzled(q.dtype))
@@ -272,8 +317,7 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, interpret=None):
             tiles(2, rows.ROWS, V_DIM),
             tiles(2, rows.ROWS, rows.CHUNK),
             plgpu.SMEM((2, rows.ROWS), jnp.float32),
-            plgpu.SMEM((6, HEADS), jnp.float32),
-            plgpu.SMEM((HEADS,), jnp.float32),
+            plgpu.SMEM((2 * TOLD, HEADS), jnp.float32),
             rows.barrier_scratch(parts),
             plgpu.Barrier(num_arrivals=3 if has_tail else 2),
             plgpu.Barrier(num_arrivals=3),
@@ -283,7 +327,7 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, interpret=None):
             # An accumulator cannot be stored to in interpret mode: shared memory stands in for it.
             *([plgpu.SMEM((HEADS, HALF), jnp.float32)] * 2 if interpret else ()),
         ),
-        grid=(num_rows * head_blocks,),
+        grid=(blocks,),
         grid_names=("block",),
         num_threads=3,
         thread_name="wg",
