@@ -33,7 +33,8 @@ SM_COUNT = 132
 TILE_K = 64  # 128 bytes of bfloat16: one swizzle row
 ROW_ALIGNMENT = 8  # TMA addresses a tile by whole swizzle atoms of 8 rows
 ROW_STEP = 16  # rows of a group's tiles are multiples of this
-WIDTHS = (64, 96, 128, 160, 192, 224, 240, 256, 272)  # rows a tile may be multiplied with, besides the tiling's most
+WIDTHS = (64, 128, 192, 224, 256)  # rows a tile may be multiplied with, besides the tiling's most
+BOXES = (64, 128, 256)  # rows a load may take, besides the tiling's most
 STAGED_ROWS = 64  # rows of the output that pass through shared memory at once
 
 
@@ -51,7 +52,9 @@ TALL = Tiling(columns=128, rows=288, stages=4, split_rows=True)
 NARROW = Tiling(columns=128, rows=256, stages=4, split_rows=False)
 
 
-def row_tiles(group_sizes: Int[Array, " E"], rows: int, tile_rows: int) -> tuple[Int[Array, "tiles 4"], Int[Array, " 1"]]:
+def row_tiles(
+    group_sizes: Int[Array, " E"], rows: int, tile_rows: int
+) -> tuple[Int[Array, "tiles 4"], Int[Array, " 1"]]:
     """Splits rows into tiles of at most `tile_rows` within one group each.
 
     Returns int32[tiles, 4] of (group, first row loaded, first row, end row) and int32[1], how many of the tiles are
@@ -94,9 +97,7 @@ def _store_rows(staged, out, first, end, row_stride: int, interpret: bool) -> No
     rows = staged.shape[0]
     splat = plgpu.Layout.WG_SPLAT(())
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(mosaic.swizzled(staged.dtype)), plgpu.RefType(), splat, splat)
-    )
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(mosaic.swizzled(staged.dtype)), plgpu.RefType(), splat, splat))
     def copy(ctx, staged, out, first, end):
         del ctx
         i32, i64, i8 = (ir.IntegerType.get_signless(bits) for bits in (32, 64, 8))
@@ -135,7 +136,9 @@ def _store_rows(staged, out, first, end, row_stride: int, interpret: bool) -> No
 def _check(x: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> None:
     *_, out_width, depth = weights.shape
     if x.dtype != jnp.bfloat16 or weights.dtype != jnp.bfloat16:
-        raise NotImplementedError(f"grouped matmul kernel takes bfloat16, not {x.dtype} rows and {weights.dtype} weights")
+        raise NotImplementedError(
+            f"grouped matmul kernel takes bfloat16, not {x.dtype} rows and {weights.dtype} weights"
+        )
     if x.ndim != 2 or x.shape[1] != depth or group_sizes.shape != weights.shape[:1]:
         raise ValueError(f"shapes do not fit: x {x.shape}, weights {weights.shape}, group_sizes {group_sizes.shape}")
     if min(out_width, depth) < 128 or out_width % 64 or depth % 64:
@@ -276,21 +279,27 @@ def _tiles_kernel(
     stages = tiling.stages
     layout = mosaic.swizzled(x.dtype)
     tiles, count = row_tiles(group_sizes, rows, tiling.rows)
-    blocks = min(SM_COUNT, tiles.shape[0] * column_tiles)
+    # Two blocks with neighbouring columns share the rows they load. (Interpret mode knows no clusters.)
+    cluster = 1 if column_tiles % 2 or interpret else 2
+    column_groups = column_tiles // cluster
+    blocks = min(SM_COUNT // cluster, tiles.shape[0] * column_groups)
+    boxes = [*(rows for rows in BOXES if rows < tiling.rows), tiling.rows]
 
     def kernel(tiles_g, count_g, x_g, w_g, o_g, x_s, w_s, o_s, full, empty):
         sm, wg = lax.axis_index("sm"), lax.axis_index("wg")
-        trips = lax.div(count_g[0] * column_tiles - sm + blocks - 1, blocks)
+        trips = lax.div(count_g[0] * column_groups - sm + blocks - 1, blocks)
 
         def locate(i):
             index = sm + i * blocks
-            tile = lax.div(index, column_tiles)
-            wanted = lax.rem(index, column_tiles) * tiling.columns
+            tile = lax.div(index, column_groups)
+            column_tile = lax.rem(index, column_groups) * cluster + lax.axis_index("cluster")
+            wanted = column_tile * tiling.columns
             return tile, wanted, pl.multiple_of(jnp.minimum(wanted, out_columns - tiling.columns), 64)
 
         def load(i, step):
             tile, _, column = locate(i)
             group, base = tiles_g[tile, 0], pl.multiple_of(tiles_g[tile, 1], ROW_ALIGNMENT)
+            wanted_rows = tiles_g[tile, 3] - base
 
             def fetch(k, _):
                 slot = lax.rem(step + k, stages)
@@ -300,7 +309,17 @@ def _tiles_kernel(
                 def _():
                     plgpu.barrier_wait(empty.at[slot])
 
-                plgpu.copy_gmem_to_smem(x_g.at[pl.ds(base, tiling.rows), depth_slice], x_s.at[slot], full.at[slot])
+                for fewer, size in zip([0, *boxes], boxes, strict=False):
+
+                    @pl.when((wanted_rows > fewer) & (wanted_rows <= size))
+                    def _(size=size):
+                        plgpu.copy_gmem_to_smem(
+                            x_g.at[pl.ds(base, size), depth_slice],
+                            x_s.at[slot, pl.ds(0, size)],
+                            full.at[slot],
+                            collective_axes="cluster" if cluster > 1 else None,
+                        )
+
                 if transposed:
                     plgpu.copy_gmem_to_smem(
                         w_g.at[group, depth_slice, pl.ds(column, tiling.columns)], w_s.at[slot], full.at[slot]
@@ -352,6 +371,7 @@ def _tiles_kernel(
 
             def product(width, *accs):
                 first_row, first_column = (wg * width, 0) if tiling.split_rows else (0, wg)
+
                 def body(k, _):
                     slot = lax.rem(step + k, stages)
                     plgpu.barrier_wait(full.at[slot])
@@ -402,7 +422,14 @@ def _tiles_kernel(
         @pl.when(wg == 2)
         def _():
             plgpu.set_max_registers(40, action="decrease")
-            lax.fori_loop(0, trips, load, jnp.int32(0))
+            steps_taken = lax.fori_loop(0, trips, load, jnp.int32(0))
+            if cluster > 1:
+                # The other block's last reads of what was shared: it still signals this block's barriers.
+                def drain(step, _):
+                    plgpu.barrier_wait(empty.at[lax.rem(step, stages)])
+                    return ()
+
+                lax.fori_loop(jnp.maximum(steps_taken - stages, 0), steps_taken, drain, ())
 
         @pl.when(wg < 2)
         def _():
@@ -418,10 +445,14 @@ def _tiles_kernel(
             plgpu.SMEM((stages, *w_shape), x.dtype, transforms=layout),
             plgpu.SMEM((2, STAGED_ROWS, 64), x.dtype, transforms=layout),
             plgpu.Barrier(num_arrivals=3 if swiglu else 2, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages)
+            if cluster == 1
+            else plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=2, num_barriers=stages),
         ],
         grid=(blocks,),
         grid_names=("sm",),
+        cluster=(cluster,),
+        cluster_names=("cluster",),
         num_threads=3,
         thread_name="wg",
         interpret=mosaic.interpret_params() if interpret else None,

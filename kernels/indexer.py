@@ -163,11 +163,15 @@ def _logits(q, k, weights, lengths, k_scale, *, interpret: bool) -> Float[Array,
 def _check(q, k, weights, lengths, k_scale) -> None:
     batch, queries, heads, width = q.shape
     if q.dtype != k.dtype or q.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
-        raise NotImplementedError(f"indexer kernel takes bfloat16 or float8_e4m3fn q and k, not {q.dtype} and {k.dtype}")
+        raise NotImplementedError(
+            f"indexer kernel takes bfloat16 or float8_e4m3fn q and k, not {q.dtype} and {k.dtype}"
+        )
     if heads % 8 or TILE_COLUMNS % heads:
         raise NotImplementedError(f"indexer kernel needs 8, 16, 32, 64, 128 or 256 heads, not {heads}")
     if width not in (64, 128) or width * q.dtype.itemsize < 128:
-        raise NotImplementedError(f"indexer kernel needs a head dim of 128, or 64 in bfloat16, not {width} in {q.dtype}")
+        raise NotImplementedError(
+            f"indexer kernel needs a head dim of 128, or 64 in bfloat16, not {width} in {q.dtype}"
+        )
     if 0 in (batch, queries, k.shape[1]):
         raise NotImplementedError("indexer kernel needs at least one query and one key")
     if (

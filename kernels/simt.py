@@ -83,6 +83,9 @@ class U32:
     def minimum(self, other) -> "U32":
         return self._binary(arith.minui, other)
 
+    def maximum(self, other) -> "U32":
+        return self._binary(arith.maxui, other)
+
     def shift_right_signed(self, bits: int) -> "U32":
         return self._binary(arith.shrsi, bits)
 
@@ -139,9 +142,7 @@ def clear16(base: ir.Value, byte: U32) -> None:
 
 def atomic_add(base: ir.Value, index: U32, value: U32) -> U32:
     """Adds in shared memory; returns what was there before."""
-    return U32(
-        llvm.atomicrmw(llvm.AtomicBinOp.add, _element(base, index), value.value, llvm.AtomicOrdering.monotonic)
-    )
+    return U32(llvm.atomicrmw(llvm.AtomicBinOp.add, _element(base, index), value.value, llvm.AtomicOrdering.monotonic))
 
 
 def thread() -> U32:
@@ -158,13 +159,19 @@ def bits(value: U32) -> U32:
 
 
 def warp_sum(value: U32) -> U32:
-    return U32(nvvm.redux_sync(value.value, nvvm.ReductionKind.ADD, U32(0xFFFFFFFF).value))
+    return _reduce(value, nvvm.ReductionKind.ADD)
 
 
-def from_lane(value: U32, lane: int) -> U32:
-    return U32(
-        nvvm.shfl_sync(U32(0xFFFFFFFF).value, value.value, U32(lane).value, U32(31).value, nvvm.ShflKind.idx)
-    )
+def warp_minimum(value: U32) -> U32:
+    return _reduce(value, nvvm.ReductionKind.UMIN)
+
+
+def warp_maximum(value: U32) -> U32:
+    return _reduce(value, nvvm.ReductionKind.UMAX)
+
+
+def _reduce(value: U32, kind) -> U32:
+    return U32(nvvm.redux_sync(value.value, kind, U32(0xFFFFFFFF).value))
 
 
 def block_barrier() -> None:
@@ -179,9 +186,7 @@ def when(flag: Flag) -> Iterator[None]:
         scf.yield_([])
 
 
-def while_loop(
-    condition: Callable[..., Flag], body: Callable[..., Sequence[U32]], *initial: U32
-) -> tuple[U32, ...]:
+def while_loop(condition: Callable[..., Flag], body: Callable[..., Sequence[U32]], *initial: U32) -> tuple[U32, ...]:
     types = [_i32()] * len(initial)
     loop = scf.WhileOp(types, [U32(v).value for v in initial])
     before = loop.before.blocks.append(*types)

@@ -34,11 +34,10 @@ LISTED_PER_THREAD = 4
 LISTED = THREADS * LISTED_PER_THREAD  # keys that move to shared memory
 MOST_SELECTED = 4096
 LARGEST_KEY = 0xFFFFFFFE
+WIDTH_OF_TIES = 1 << 20  # bounds so near with many keys between: these are looked at once
 
 
-def topk(
-    scores: Float[Array, "R S"], k: int, lengths: Int[Array, " R"] | None = None
-) -> Int[Array, "R k"]:
+def topk(scores: Float[Array, "R S"], k: int, lengths: Int[Array, " R"] | None = None) -> Int[Array, "R k"]:
     """Positions of each row's k largest scores among its first `lengths[r]` (all, without lengths), rising.
 
     Ties are broken by the lowest position (-0.0 equals 0.0); -1 fills up a row of fewer than k scores. NaN counts as
@@ -219,23 +218,26 @@ class _Shared:
         self.warp, self.lane = self.thread // 32, self.thread % 32
 
     def _share(self, value: U32, turn: U32 | int) -> U32:
-        total = simt.warp_sum(value)
+        """Shares a value a warp, and returns where they are."""
         base = U32(turn) * WARPS
         with simt.when(self.lane.equals(0)):
-            simt.store(self.sums, base + self.warp, total)
+            simt.store(self.sums, base + self.warp, value)
         simt.block_barrier()
         return base
 
     def warp_sums(self, value: U32, turn: U32 | int) -> list[U32]:
         """Sum of `value` over each warp, for every thread."""
-        base = self._share(value, turn)
+        base = self._share(simt.warp_sum(value), turn)
         return [simt.load(self.sums, base + w) for w in range(WARPS)]
+
+    def block_reduce(self, reduce, value: U32, turn: U32 | int) -> U32:
+        """Lanes 16 to 31 read the values of the 16 warps once more, so a sum comes out doubled."""
+        base = self._share(reduce(value), turn)
+        return reduce(simt.load(self.sums, base + self.lane % WARPS))
 
     def block_sum(self, value: U32, turn: U32 | int) -> U32:
         """Sum of `value` over the block, for every thread."""
-        base = self._share(value, turn)
-        # Lanes 16 to 31 read the 16 sums once more.
-        return simt.warp_sum(simt.load(self.sums, base + self.lane % WARPS)) >> 1
+        return self.block_reduce(simt.warp_sum, value, turn) >> 1
 
 
 def _total(values: list[U32]) -> U32:
@@ -246,7 +248,7 @@ def _bisect(count, stop, k: int, low, high, at_low, at_high, turn):
     """Narrows low <= k-th largest key < high, with at least k keys from `low` on and fewer from `high` on."""
 
     def going(low, high, at_low, at_high, turn):
-        return ~(at_low.equals(k) | (high - low).equals(1) | stop(at_low - at_high))
+        return ~(at_low.equals(k) | (high - low).equals(1) | stop(at_low - at_high, high - low))
 
     def halve(low, high, at_low, at_high, turn):
         middle = low + ((high - low) >> 1)
@@ -263,6 +265,27 @@ def _bisect(count, stop, k: int, low, high, at_low, at_high, turn):
     return simt.while_loop(going, halve, low, high, at_low, at_high, turn)
 
 
+def _tightened(keys: list[U32], shared: _Shared, k: int, low, high, at_low, at_high, turn):
+    """The bounds around the keys that are there, where many are left between near ones: most often all the same."""
+
+    def crowded(low, high, turn, tried):
+        return tried.equals(0) & (at_low - at_high > LISTED) & (high - low > 1) & ~at_low.equals(k)
+
+    def tighten(low, high, turn, tried):
+        span = high - low
+        inside = [(key - low) < span for key in keys]
+        lowest, highest = high, low
+        for key, flag in zip(keys, inside, strict=True):
+            lowest = lowest.minimum(flag.select(key, high))
+            highest = highest.maximum(flag.select(key, low))
+        lowest = shared.block_reduce(simt.warp_minimum, lowest, turn)
+        highest = shared.block_reduce(simt.warp_maximum, highest, turn ^ 1)
+        return lowest, highest + 1, turn, U32(1)
+
+    low, high, turn, _ = simt.while_loop(crowded, tighten, low, high, turn, U32(0))
+    return low, high, at_low, at_high, turn
+
+
 def _threshold(keys: list[U32], length: U32, shared: _Shared, k: int) -> tuple[U32, U32]:
     """(above, ties): the selected are all keys > `above`, and the first `ties` of the keys equal to it."""
 
@@ -273,7 +296,7 @@ def _threshold(keys: list[U32], length: U32, shared: _Shared, k: int) -> tuple[U
     # All of a short row is selected: bounds (0, 1) say so at once. Key 0, no candidate, makes `at_low` right.
     bounds = _bisect(
         count_all,
-        lambda between: between <= LISTED,
+        lambda between, width: (between <= LISTED) | (width <= WIDTH_OF_TIES),
         k,
         U32(0),
         few.select(1, LARGEST_KEY + 1),
@@ -281,7 +304,8 @@ def _threshold(keys: list[U32], length: U32, shared: _Shared, k: int) -> tuple[U
         few.select(length, 0),
         U32(0),
     )
-    low, high, at_low, at_high, turn = bounds
+    bounds = _tightened(keys, shared, k, *bounds)
+    low, high, at_low, at_high, turn = _bisect(count_all, lambda between, _: between <= LISTED, k, *bounds)
     unfinished = ~(at_low.equals(k) | (high - low).equals(1))
     simt.block_barrier()
     for j in range(LISTED_PER_THREAD):
@@ -305,7 +329,7 @@ def _threshold(keys: list[U32], length: U32, shared: _Shared, k: int) -> tuple[U
         return at_high + shared.block_sum(_total([(key >= bound).count() for key in listed]), turn)
 
     low, high, at_low, at_high_now, _ = _bisect(
-        count_listed, lambda between: between.equals(0), k, low, high, at_low, at_high, turn
+        count_listed, lambda between, _: between.equals(0), k, low, high, at_low, at_high, turn
     )
     simt.block_barrier()
     # Exactly k keys from `low` on: no ties to choose from. Key 0 is never selected.

@@ -1,6 +1,7 @@
 """Grouped matmul on the H100 beside torch's: `python -m benchmarks.kernels.grouped_matmul [--check]`."""
 
 import argparse
+import concurrent.futures
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 
 from benchmarks.kernels import measure
 from dsparse.kernels import grouped_matmul as gm
+from dsparse.kernels import grouped_matmul_quantized as quantized
 
 SHAPES = [(256, 65536, 7168, 2048), (256, 65536, 2048, 7168), (64, 49152, 2048, 1408), (64, 49152, 1408, 2048)]
 
@@ -49,7 +51,7 @@ def swiglu_reference(x, weights, sizes, dy):
     return gate * sigmoid * up, d_x_gate + d_x_up, np.stack([d_w_gate, d_w_up], axis=1)
 
 
-def check() -> None:
+def check(chosen: list[int]) -> None:
     cases = [
         (2, 512, 256, 256, "routed", 0),
         (8, 1000, 512, 512, "routed", 37),
@@ -61,6 +63,8 @@ def check() -> None:
         (3, 2000, 1408, 576, "routed", 300),
     ]
     for case, (groups, rows, depth, width, kind, tail) in enumerate(cases):
+        if chosen and case not in chosen:
+            continue
         sizes = sizes_of(groups, rows - tail, kind, case)
         x = normal(case, (rows, depth))
         x = x.at[rows - tail :].set(jnp.nan)
@@ -80,49 +84,128 @@ def check() -> None:
             ok = exact and all(e < 6e-3 for e in errors)
             print(f"check {name} {groups}x{rows}x{depth}x{width} {kind} {tail}:", *(f"{e:.1e}" for e in errors), ok)
             assert ok
+    if not chosen:
+        check_quantized(8, 1000, 512, 256)
+        check_quantized(64, 4103, 256, 384)
 
 
-def time_shape(groups: int, rows: int, depth: int, width: int, kind: str, backward: bool) -> None:
+def dgrad(dy, weights, sizes):
+    return gm._rows_times_weights(dy, weights, sizes, False, transposed=True)
+
+
+def inputs(groups: int, rows: int, depth: int, width: int) -> dict[str, tuple]:
+    """Arguments of each product but for the group sizes, made one product at a time (8 GB of weights)."""
+    blocks, float8 = depth // 128, jnp.float8_e4m3fn
+    uniform = jax.random.uniform
+    key = jax.random.key(3)
+
+    def eight_bit(seed, shape, dtype):
+        return (normal(seed, shape) * (1 if dtype == float8 else 40)).astype(dtype)
+
+    out = {
+        "forward": lambda: (normal(0, (rows, depth)), normal(1, (groups, width, depth), depth**-0.5)),
+        "dgrad": lambda: (normal(2, (rows, width)), normal(1, (groups, width, depth), depth**-0.5)),
+        "wgrad": lambda: (normal(2, (rows, width)), normal(0, (rows, depth))),
+    }
+    if width % 256 == 0:
+        out["swiglu"] = lambda: (
+            normal(0, (rows, depth)),
+            normal(1, (groups, 2, width // 2, depth), depth**-0.5),
+        )
+    out["fp8"] = lambda: (
+        eight_bit(0, (rows, depth), float8),
+        uniform(key, (rows, blocks)),
+        eight_bit(1, (groups, width, depth), float8),
+        uniform(key, (groups, width // 128, blocks)),
+    )
+    out["int8"] = lambda: (
+        eight_bit(0, (rows, depth), jnp.int8),
+        uniform(key, (rows,)),
+        eight_bit(1, (groups, width, depth), jnp.int8),
+        uniform(key, (groups, width)),
+    )
+    return out
+
+
+FUNCTIONS = {
+    "forward": gm.grouped_matmul,
+    "dgrad": dgrad,
+    "wgrad": gm.grouped_wgrad,
+    "swiglu": gm.grouped_swiglu,
+    "fp8": quantized.grouped_matmul_fp8,
+    "int8": quantized.grouped_matmul_int8,
+}
+
+
+def compile_all(names: list[str], shapes: list[tuple[int, ...]]) -> dict:
+    """{(shape, name): compiled}, several at a time."""
+
+    def one(job):
+        shape, name = job
+        arguments = jax.eval_shape(inputs(*shape)[name])
+        sizes = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+        return job, jax.jit(FUNCTIONS[name]).lower(*arguments, sizes).compile()
+
+    jobs = [(shape, name) for shape in shapes for name in names if name in inputs(*shape)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        return dict(pool.map(one, jobs))
+
+
+def torch_milliseconds(arguments: tuple, sizes: jax.Array) -> float:
     import torch
 
-    sizes = jnp.asarray(sizes_of(groups, rows, kind))
-    x, weights = normal(0, (rows, depth)), normal(1, (groups, width, depth), depth**-0.5)
-    flops = 2 * rows * depth * width
-    teraflops = {"forward": measure.jax_milliseconds(gm.grouped_matmul, x, weights, sizes)}
+    x, weights = map(measure.to_torch, arguments)
     offsets = torch.cumsum(measure.to_torch(sizes), 0, dtype=torch.int32)
-    x_torch, w_torch = measure.to_torch(x), measure.to_torch(weights)
-    teraflops["torch"] = measure.torch_milliseconds(
-        lambda: torch._grouped_mm(x_torch, w_torch.transpose(-2, -1), offs=offsets)
-    )
-    if backward:
-        dy = normal(2, (rows, width))
+    return measure.torch_milliseconds(lambda: torch._grouped_mm(x, weights.transpose(-2, -1), offs=offsets))
 
-        def dgrad(dy, weights, sizes):
-            return gm._rows_times_weights(dy, weights, sizes, False, transposed=True)
 
-        teraflops["dgrad"] = measure.jax_milliseconds(dgrad, dy, weights, sizes)
-        teraflops["wgrad"] = measure.jax_milliseconds(gm.grouped_wgrad, dy, x, sizes)
-        stacked = weights.reshape(groups, 2, width // 2, depth)
-        teraflops["swiglu"] = measure.jax_milliseconds(gm.grouped_swiglu, x, stacked, sizes)
-    print(
-        f"{groups:4d} groups {rows} x {depth} x {width} {kind:7s}",
-        *(f"{name} {flops / ms / 1e9:.0f}" for name, ms in teraflops.items()),
-        "TFLOP/s",
-        f"({teraflops['forward']:.2f} ms, {teraflops['torch'] / teraflops['forward']:.2f}x torch)",
-        flush=True,
-    )
+def check_quantized(groups: int, rows: int, depth: int, width: int) -> None:
+    sizes = sizes_of(groups, rows, "skewed", 1)
+    for name in ("fp8", "int8"):
+        x, x_scale, weights, w_scale = inputs(groups, rows, depth, width)[name]()
+        out = FUNCTIONS[name](x, x_scale, weights, w_scale, jnp.asarray(sizes))
+        x, x_scale, weights, w_scale = (np.asarray(a.astype(jnp.float32)) for a in (x, x_scale, weights, w_scale))
+        if name == "fp8":
+            x = x * x_scale.repeat(128, 1)
+            weights = weights * w_scale.repeat(128, 1).repeat(128, 2)
+        else:
+            x, weights = x * x_scale[:, None], weights * w_scale[..., None]
+        expected, _, _ = reference(x, weights, sizes, np.zeros((rows, width), np.float32))
+        error = measure.relative_error(out, expected)
+        print(f"check {name} {groups}x{rows}x{depth}x{width}: {error:.1e} {error < 6e-3}", flush=True)
+        assert error < 6e-3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only compare with float32 references")
+    parser.add_argument(
+        "--check", nargs="*", type=int, metavar="CASE", help="only compare with references (all cases or these)"
+    )
+    parser.add_argument("--only", nargs="*", choices=FUNCTIONS, default=list(FUNCTIONS), help="products to time")
     arguments = parser.parse_args()
     print(measure.versions())
-    if arguments.check:
-        return check()
+    if arguments.check is not None:
+        return check(arguments.check)
+    compiled = compile_all(arguments.only, SHAPES)
     for shape in SHAPES:
-        for kind in ("even", "routed"):
-            time_shape(*shape, kind, backward=kind == "routed")
+        groups, rows, depth, width = shape
+        print(f"{groups} groups, {rows} rows, {depth} to {width}; TFLOP/s (milliseconds)")
+        for name in arguments.only:
+            if (shape, name) not in compiled:
+                continue
+            values = inputs(*shape)[name]()
+            line = []
+            for kind in ("even", "routed"):
+                sizes = jnp.asarray(sizes_of(groups, rows, kind))
+                call = compiled[shape, name]
+                times = {"": measure.milliseconds(lambda: call(*values, sizes), jax.block_until_ready)}
+                if name == "forward":
+                    times[" torch"] = torch_milliseconds(values, sizes)
+                line += [
+                    f"{kind}{peer} {2 * rows * depth * width / ms / 1e9:.0f} ({ms:.2f})" for peer, ms in times.items()
+                ]
+            print(f"  {name:8s}", ", ".join(line), flush=True)
+            del values
 
 
 if __name__ == "__main__":

@@ -29,10 +29,18 @@ def reference(q, k, weights, lengths, scale):
     return jnp.where(jnp.arange(k.shape[1]) < lengths[..., None], logits, -jnp.inf)
 
 
-def check() -> None:
-    cases = [(1, 64, 512, 64, 448), (2, 33, 1000, 64, 900), (1, 1, 4096, 64, 4095), (3, 130, 700, 32, 100),
-             (1, 257, 640, 16, 5), (1, 8, 256, 128, 0)]
+def check(chosen: list[int]) -> None:
+    cases = [
+        (1, 64, 512, 64, 448),
+        (2, 33, 1000, 64, 900),
+        (1, 1, 4096, 64, 4095),
+        (3, 130, 700, 32, 100),
+        (1, 257, 640, 16, 5),
+        (1, 8, 256, 128, 0),
+    ]
     for case, (batch, queries, keys, heads, offset) in enumerate(cases):
+        if chosen and case not in chosen:
+            continue
         lengths = jnp.minimum(jnp.arange(queries) + offset + jnp.arange(batch)[:, None], keys)
         for dtype in (jnp.bfloat16, FP8):
             q, k, weights, scale = inputs(batch, queries, keys, heads, dtype, case)
@@ -44,9 +52,9 @@ def check() -> None:
             print(f"check {batch}x{queries}x{keys}x{heads} {jnp.dtype(dtype).name}: {error:.1e} {ok}", flush=True)
             assert ok
             k_top = min(512, keys)
-            chosen = indexer.indexer_topk(q, k, weights, lengths, k_top, scale, logits_bytes=batch * keys * 4 * 16)
+            selected = indexer.indexer_topk(q, k, weights, lengths, k_top, scale, logits_bytes=batch * keys * 4 * 16)
             whole = indexer.indexer_topk(q, k, weights, lengths, k_top, scale)
-            assert (chosen == whole).all() and ((chosen >= 0).sum(-1) == jnp.minimum(lengths, k_top)).all()
+            assert (selected == whole).all() and ((selected >= 0).sum(-1) == jnp.minimum(lengths, k_top)).all()
         q, k, weights, _ = inputs(batch, queries, keys, heads, jnp.bfloat16, case)
         cotangent = jax.random.normal(jax.random.key(9), (batch, queries, keys))
 
@@ -65,11 +73,17 @@ def check() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only compare with float32 references")
+    parser.add_argument(
+        "--check",
+        nargs="*",
+        type=int,
+        metavar="CASE",
+        help="only compare with float32 references (of all cases or these)",
+    )
     arguments = parser.parse_args()
     print(measure.versions())
-    if arguments.check:
-        return check()
+    if arguments.check is not None:
+        return check(arguments.check)
     for queries, keys, heads in SHAPES:
         for dtype in (FP8, jnp.bfloat16):
             q, k, weights, scale = inputs(1, queries, keys, heads, dtype)
