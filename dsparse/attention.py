@@ -6,6 +6,8 @@ where the queries move into the latent space and every head reads the same cache
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -22,7 +24,28 @@ LATENT_NORM_EPS = 1e-6  # the latent norms keep this value whatever rms_norm_eps
 ABSORB_UP_TO = 8  # queries a row: beyond, expanding the cached latents costs less than attending in latent space
 
 
-class LatentAttention(nnx.Module):
+class Mixer(nnx.Module):
+    """What mixes tokens in a layer. The contract with `blocks.Block`; see `LatentAttention` for an example.
+
+    __init__(scope, config, spec); __call__(x, context, cache) -> output, the cache with these tokens, and the indices
+    it selected (None: it selects nothing).
+    """
+
+    @staticmethod
+    def init_cache(config: ModelConfig, spec: LayerSpec, layers: int, batch: int, slots: int, dtype) -> Arrays:
+        """An empty cache of `layers` scanned layers: name -> [layers, batch, ...]."""
+        raise NotImplementedError
+
+    @staticmethod
+    def selected_width(spec: LayerSpec, length: int, cache: Arrays | None) -> int | None:
+        """How many indices it selects for each of `length` tokens, None where it selects nothing.
+
+        cache: what the tokens attend to besides themselves; None where that is nothing.
+        """
+        return None
+
+
+class LatentAttention(Mixer):
     """MLA over all earlier tokens. Cache: the normed latent and the rotated key, kv_lora_rank + qk_rope_head_dim a token."""
 
     def __init__(self, scope: Scope, config: ModelConfig, spec: LayerSpec):
@@ -56,24 +79,34 @@ class LatentAttention(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: CacheLayer | None
-    ) -> tuple[Float[Array, "B T D"], CacheLayer | None]:
-        q_nope, q_rope = self.queries(x, context)
+    ) -> tuple[Float[Array, "B T D"], CacheLayer | None, None]:
+        q_nope, q_rope = self.queries(self.query_residual(x), context)
         latent = self.latents(x, context)
         if cache is not None:
             cache = cache.write("latent", latent, context.slots)
+        return self.attend_to_all(q_nope, q_rope, latent, context, cache), cache, None
+
+    def attend_to_all(
+        self, q_nope: Array, q_rope: Array, latent: Array, context: Context, cache: CacheLayer | None
+    ) -> Float[Array, "B T D"]:
+        """Dense attention to every earlier token, those in the cache included."""
         if cache is None or context.empty_cache:
             out = self._expanded(q_nope, q_rope, latent, context)
         else:
-            past = cache.read("latent").astype(x.dtype)
-            attend = self._absorbed if x.shape[1] <= ABSORB_UP_TO else self._expanded_cached
+            past = cache.read("latent").astype(latent.dtype)
+            attend = self._absorbed if latent.shape[1] <= ABSORB_UP_TO else self._expanded_cached
             out = attend(q_nope, q_rope, past, context)
-        return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
+        return self.o_proj(out.reshape(*out.shape[:2], -1))
 
-    def queries(self, x: Array, context: Context) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N R"]]:
+    def query_residual(self, x: Float[Array, "B T D"]) -> Float[Array, "B T L"]:
+        """What queries are projected from: the normed query latent, or `x` itself where there is none."""
+        return x if self.config.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(x))
+
+    def queries(self, residual: Array, context: Context) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N R"]]:
         """Per-head queries: the part that meets the latent, and the rotated part."""
         c = self.config
-        q = self.q_proj(x) if c.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q = constrain(q.reshape(*x.shape[:2], c.num_attention_heads, c.qk_head_dim), "batch", None, "heads", None)
+        q = self.q_proj(residual) if c.q_lora_rank is None else self.q_b_proj(residual)
+        q = constrain(q.reshape(*residual.shape[:2], c.num_attention_heads, c.qk_head_dim), "batch", None, "heads", None)
         q_nope, q_rope = jnp.split(q, [c.qk_nope_head_dim], axis=-1)
         return q_nope, apply_rope(q_rope, context.rope, c.rope_interleave)
 
@@ -111,8 +144,17 @@ class LatentAttention(nnx.Module):
         return ops.cached_attention(q, past, self.expand, context.positions, v_head_dim=self.config.v_head_dim, scale=self.scale)
 
     def _absorbed(self, q_nope: Array, q_rope: Array, past: Array, context: Context) -> Float[Array, "B T N V"]:
-        c = self.config
-        keys, values = jnp.split(self.kv_b(q_nope.dtype), [c.qk_nope_head_dim], axis=1)
+        def attend(q):
+            return ops.latent_attention(
+                q, past, context.positions, v_head_dim=self.config.kv_lora_rank, scale=self.scale
+            )
+
+        return self.absorbed(q_nope, q_rope, attend)
+
+    def absorbed(
+        self, q_nope: Array, q_rope: Array, attend: Callable[[Float[Array, "B T N C"]], Float[Array, "B T N V"]]
+    ) -> Float[Array, "B T N V"]:
+        """Move the queries into latent space, `attend` to latents there, and bring the values back to heads."""
+        keys, values = jnp.split(self.kv_b(q_nope.dtype), [self.config.qk_nope_head_dim], axis=1)
         q = jnp.concatenate([jnp.einsum("BTNH,NHC->BTNC", q_nope, keys), q_rope], axis=-1)
-        out = ops.latent_attention(q, past, context.positions, v_head_dim=c.kv_lora_rank, scale=self.scale)
-        return jnp.einsum("BTNC,NVC->BTNV", out, values)
+        return jnp.einsum("BTNC,NVC->BTNV", attend(q), values)

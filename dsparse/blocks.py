@@ -1,21 +1,22 @@
 """Blocks and stacks: a layer is residual(mixer) then residual(mlp); runs of equal layers are stacked and scanned.
 
-To add a kind of attention: write its module (see `attention.LatentAttention`: `__init__(scope, config, spec)`,
-`init_cache`, `__call__(x, context, cache)`) and name it in `MIXERS`.
+To add a kind of attention: write its module (see `attention.Mixer`), and name it in `MIXERS` and `config.MIXER_KINDS`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dsparse.attention import LatentAttention
-from dsparse.compressed import CompressedAttention
 from dsparse.cache import Arrays, CacheLayer
+from dsparse.compressed import CompressedAttention
 from dsparse.config import LayerSpec, ModelConfig
 from dsparse.context import Context
 from dsparse.hyper import HyperConnection, HyperHead
@@ -23,9 +24,11 @@ from dsparse.layers import GatedMLP, Linear, RMSNorm
 from dsparse.moe import MixtureOfExperts, Routing
 from dsparse.params import Scope, normal
 from dsparse.sharding import constrain
+from dsparse.sparse import IndexedLatentAttention
 
 MIXERS = {
     "full_attention": LatentAttention,
+    "indexed_attention": IndexedLatentAttention,
     "sliding_attention": CompressedAttention,
     "compressed_sparse_attention": CompressedAttention,
     "heavily_compressed_attention": CompressedAttention,
@@ -44,6 +47,13 @@ class Embedding(nnx.Module):
     def __init__(self, scope: Scope, config: ModelConfig):
         shape = (config.vocab_size, config.hidden_size)
         self.weight = scope.param("weight", shape, ("vocab", "embed"), normal(config.initializer_range))
+
+
+class Report(NamedTuple):
+    """What a layer tells besides its output: where its tokens were routed, and the tokens its indexer selected."""
+
+    routing: Routing | None
+    selected: Int[Array, "B T K"] | None
 
 
 class Block(nnx.Module):
@@ -65,12 +75,12 @@ class Block(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T *M D"], context: Context, cache: CacheLayer | None
-    ) -> tuple[Float[Array, "B T *M D"], CacheLayer | None, Routing | None]:
-        routing = None
+    ) -> tuple[Float[Array, "B T *M D"], CacheLayer | None, Report]:
+        routing = selected = None
 
         def mix(hidden):
-            nonlocal cache
-            out, cache = self.self_attn(self.input_layernorm(hidden), context, cache)
+            nonlocal cache, selected
+            out, cache, selected = self.self_attn(self.input_layernorm(hidden), context, cache)
             return out
 
         def feed_forward(hidden):
@@ -83,7 +93,7 @@ class Block(nnx.Module):
 
         x = residual(self.attn_hc, x, mix)
         x = residual(self.ffn_hc, x, feed_forward)
-        return x, cache, routing
+        return x, cache, Report(routing, selected)
 
 
 def residual(
@@ -161,29 +171,50 @@ class Stack(nnx.Module):
     def __init__(self, scopes: Sequence[Scope], config: ModelConfig, run: Run):
         specs = config.layers[run.start : run.start + run.pattern]
         self.blocks = nnx.List([Block(scope, config, spec) for scope, spec in zip(scopes, specs, strict=True)])
+        self.specs = specs
         self.repeats = run.repeats
 
     def __call__(
         self, x: Float[Array, "B T *M D"], context: Context, caches: list[Arrays] | None, remat: str
-    ) -> tuple[Float[Array, "B T *M D"], list[Arrays] | None, list[Routing | None]]:
+    ) -> tuple[Float[Array, "B T *M D"], list[Arrays] | None, list[Report], Int[Array, "B T K"] | None]:
+        """Output, caches, what each layer of the pattern reports (stacked), and the last selection.
+
+        Reports hold selections only if `context.report_selected`: they take `layers * T * K` numbers.
+        """
         graphdef, stacked = nnx.split(self.blocks)
 
         def step(carry, inputs):
-            x, caches = carry
+            x, caches, selected = carry
             state, layer = inputs
-            caches, routings = list(caches) if caches is not None else None, []
+            caches, reports = list(caches) if caches is not None else None, []
             for position, block in enumerate(nnx.merge(graphdef, state)):
                 view = None if caches is None else CacheLayer(caches[position], layer)
-                x, view, routing = block(x, context, view)
+                x, view, report = block(x, dataclasses.replace(context, selected=selected), view)
                 if caches is not None:
                     caches[position] = view.arrays
-                routings.append(routing)
-            return (x, caches), routings
+                selected = selected if report.selected is None else report.selected
+                reports.append(report if context.report_selected else report._replace(selected=None))
+            return (x, caches, selected), reports
 
         if REMAT_POLICIES[remat] is not None:
             step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
         if self.repeats == 1:  # no scan: the leading axis of 1 costs nothing to index
-            (x, caches), routings = step((x, caches), (jax.tree.map(lambda a: a[0], stacked), 0))
-            return x, caches, jax.tree.map(lambda a: a[None], routings)
-        (x, caches), routings = jax.lax.scan(step, (x, caches), (stacked, jax.numpy.arange(self.repeats)))
-        return x, caches, routings
+            (x, caches, selected), reports = step((x, caches, context.selected), (jax.tree.map(lambda a: a[0], stacked), 0))
+            return x, caches, jax.tree.map(lambda a: a[None], reports), selected
+        carry = (x, caches, self._initial_selection(context, x, caches))
+        (x, caches, selected), reports = jax.lax.scan(step, carry, (stacked, jnp.arange(self.repeats)))
+        return x, caches, reports, selected
+
+    def _initial_selection(self, context: Context, x: Array, caches: list[Arrays] | None) -> Int[Array, "B T K"] | None:
+        """The selection a scan starts from: of the shape it ends with, as a carry must be.
+
+        Where the shapes differ the pattern starts with a layer that selects for itself, and the content is not read.
+        """
+        widths = [
+            block.self_attn.selected_width(spec, x.shape[1], None if caches is None or context.empty_cache else caches[i])
+            for i, (spec, block) in enumerate(zip(self.specs, self.blocks, strict=True))
+        ]
+        width = next((w for w in reversed(widths) if w is not None), None)
+        if width is None or (context.selected is not None and context.selected.shape[-1] == width):
+            return context.selected
+        return jnp.full((*x.shape[:2], width), -1, jnp.int32)

@@ -12,10 +12,10 @@ are pooled into one more such row, an *entry*, which is visible once its last to
 from __future__ import annotations
 
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dsparse import compression, ops
+from dsparse.attention import Mixer
 from dsparse.banded import Entries
 from dsparse.cache import Arrays, CacheLayer
 from dsparse.compression import Compressor, Indexer, ring_size, ring_slots
@@ -30,15 +30,15 @@ SERIES = {"compressed_sparse_attention": 2, "heavily_compressed_attention": 1}
 class IndexedCompressor(Compressor):
     """Overlapping windows, and the indexer that chooses among their entries."""
 
-    def __init__(self, scope: Scope, config: ModelConfig, rate: int, head_dim: int, series: int):
+    def __init__(self, scope: Scope, config: ModelConfig, rate: int, head_dim: int, series: int, topk: int):
         super().__init__(scope, config, rate, head_dim, series)
-        self.indexer = Indexer(scope["indexer"], config, rate, series)
+        self.indexer = Indexer(scope["indexer"], config, rate, series, topk)
 
 
 COMPRESSORS = {"compressed_sparse_attention": IndexedCompressor, "heavily_compressed_attention": Compressor}
 
 
-class CompressedAttention(nnx.Module):
+class CompressedAttention(Mixer):
     """Shared key-value attention over a window and, where the layer compresses, over entries.
 
     Cache: `kv` holds a ring of the newest rows, addressed by position, then the entries; `open` what `Compressor`
@@ -56,7 +56,7 @@ class CompressedAttention(nnx.Module):
         self.o_a_proj = GroupedLinear(scope["o_a_proj"], width, c.o_groups, c.o_lora_rank, ("heads", None), init)
         self.o_b_proj = Linear(scope["o_b_proj"], c.o_groups * c.o_lora_rank, c.hidden_size, ("embed", "heads"), init)
         self.sinks = scope.param("sinks", (heads,), (None,), zeros, minimum=jnp.float32)
-        shape = (spec.compress_rate, c.head_dim, SERIES.get(spec.mixer))
+        shape = (spec.compress_rate, c.head_dim, SERIES.get(spec.mixer)) + ((spec.index_topk,) if spec.index_topk else ())
         self.compressor = COMPRESSORS[spec.mixer](scope["compressor"], c, *shape) if spec.compress_rate else None
         self.config = config
         self.scale = c.head_dim**-0.5
@@ -75,7 +75,7 @@ class CompressedAttention(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: CacheLayer | None
-    ) -> tuple[Float[Array, "B T D"], CacheLayer | None]:
+    ) -> tuple[Float[Array, "B T D"], CacheLayer | None, None]:
         c = self.config
         rope = context.rope if self.compressor is None or context.compress_rope is None else context.compress_rope
         q_latent = self.q_a_norm(self.q_a_proj(x))
@@ -86,7 +86,7 @@ class CompressedAttention(nnx.Module):
         out, cache = attend(q, kv, x, q_latent, rope, context, cache)
         inverse = rope * jnp.array([1.0, -1.0], rope.dtype).reshape(2, 1, 1, 1)
         out = apply_rope_to_tail(out, inverse)  # values are rotated as keys are: take the query's rotation off again
-        return self.o_b_proj(self.o_a_proj(out)), cache
+        return self.o_b_proj(self.o_a_proj(out)), cache, None
 
     def _whole(self, q, kv, x, q_latent, rope, context: Context, cache: None):
         """Tokens that attend among themselves only."""

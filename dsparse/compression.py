@@ -188,12 +188,12 @@ class Indexer(Compressor):
 
     open_name = "index_open"
 
-    def __init__(self, scope: Scope, config: ModelConfig, rate: int, series: int):
+    def __init__(self, scope: Scope, config: ModelConfig, rate: int, series: int, topk: int):
         super().__init__(scope, config, rate, config.index_head_dim, series)
         heads, init = config.index_n_heads, normal(config.initializer_range)
         self.q_b_proj = Linear(scope["q_b_proj"], config.q_lora_rank, heads * self.head_dim, ("heads", "latent"), init)
         self.scorer = Scorer(scope["scorer"], config)
-        self.heads, self.topk = heads, config.index_topk
+        self.heads, self.topk = heads, topk
 
     def choose(
         self,
@@ -214,4 +214,4 @@ class Indexer(Compressor):
         q = self.q_b_proj(q_latent).reshape(*x.shape[:2], self.heads, self.head_dim)
         weights = self.scorer.weights_proj(x).astype(jnp.float32) * (self.head_dim * self.heads) ** -0.5
         arguments = jax.lax.stop_gradient((apply_rope_to_tail(q, rope), keys, weights))
-        return ops.choose_entries(*arguments, self.topk, windows.first, windows.last), cache
+        return ops.indexer_topk(*arguments, self.topk, starts=windows.first, ends=windows.last), cache

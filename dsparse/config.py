@@ -36,18 +36,29 @@ class RopeParameters:
     partial_rotary_factor: float = 1.0
 
 
+INDEXED_MIXERS = ("indexed_attention",)  # select tokens
+SELECTING_MIXERS = (*INDEXED_MIXERS, "compressed_sparse_attention")  # select tokens or entries, index_topk of them
+MIXER_KINDS = (
+    "full_attention", *INDEXED_MIXERS, "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention",
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
     """What one layer is made of. Layers with equal specs can be stacked and scanned together.
 
-    mixer: a key of `dsparse.blocks.MIXERS` ("full_attention": dense MLA).
+    mixer: a key of `dsparse.blocks.MIXERS` ("full_attention": dense MLA; "indexed_attention": MLA over selected tokens).
     mlp: "dense", "sparse" for a mixture of experts, or "hash_moe" for one that is routed by token id.
     compress_rate: tokens that share one compressed entry; 0 where the mixer compresses nothing.
+    index_topk: how many tokens or entries the layer attends to, where it selects; a shared layer's is its full layer's.
+    indexer: of indexed attention: "full" selects tokens itself, "shared" takes what the last full layer before it selected.
     """
 
     mixer: str
     mlp: str
     compress_rate: int = 0
+    index_topk: int | None = None
+    indexer: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +98,6 @@ class ModelConfig:
     compress_rope_parameters: RopeParameters | None = None  # of the layers that compress
     o_groups: int = 1
     o_lora_rank: int = 0
-    index_n_heads: int = 0
-    index_head_dim: int = 0
-    index_topk: int = 0
     # Hyper-connections (hc_mult 0: the plain residual sum)
     hc_mult: int = 0
     hc_sinkhorn_iters: int = 20
@@ -106,6 +114,12 @@ class ModelConfig:
     topk_group: int = 1
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
+    # Lightning indexer (DeepSeek-V3.2). index_topk may list one number a layer; indexer_types is "full" or "shared" a layer
+    index_topk: int | tuple[int, ...] = 0
+    index_n_heads: int = 0
+    index_head_dim: int = 0
+    indexer_types: tuple[str, ...] = ()
+    indexer_rope_interleave: bool = False
     # Multi-token prediction
     num_nextn_predict_layers: int = 0
     # Tokens and storage
@@ -126,19 +140,28 @@ class ModelConfig:
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
         """Specs of the main model's layers, first to last."""
-        rates = dict(self.compress_rates)
-        kinds = zip(self.layer_types, self.mlp_layer_types, strict=True)
-        return tuple(LayerSpec(mixer, mlp, rates.get(mixer, 0)) for mixer, mlp in kinds)
+        rates, topk, full_topk, specs = dict(self.compress_rates), self.index_topk, None, []
+        for i, (mixer, mlp) in enumerate(zip(self.layer_types, self.mlp_layer_types, strict=True)):
+            layer_topk, indexer = topk[i] if isinstance(topk, tuple) else topk, None
+            if mixer in INDEXED_MIXERS:
+                indexer = self.indexer_types[i]
+                layer_topk = full_topk = layer_topk if indexer == "full" else full_topk
+            selects = mixer in SELECTING_MIXERS
+            specs.append(LayerSpec(mixer, mlp, rates.get(mixer, 0), layer_topk if selects else None, indexer))
+        return tuple(specs)
 
     @property
     def mtp_layers(self) -> tuple[LayerSpec, ...]:
         """Specs of the multi-token prediction layers: each is built like the last layer of the main model.
 
-        Layers that compress are replaced by their sliding window alone (as DeepSeek-V4 publishes them).
+        Layers that compress are replaced by their sliding window alone (as DeepSeek-V4 publishes them). An indexed layer
+        selects for itself: no layer before it has seen its input.
         """
         last = self.layers[-1]
         if last.compress_rate:
             last = LayerSpec("sliding_attention", last.mlp)
+        elif last.indexer:
+            last = dataclasses.replace(last, indexer="full")
         return (last,) * self.num_nextn_predict_layers
 
     @classmethod
@@ -182,7 +205,8 @@ _POSITIVE = (
 _POSITIVE_FOR = {  # fields that a kind of mixer or mlp needs
     "full_attention": ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"),
     "sliding_attention": ("q_lora_rank", "head_dim", "sliding_window", "o_groups", "o_lora_rank"),
-    "compressed_sparse_attention": ("index_n_heads", "index_head_dim", "index_topk"),
+    "indexed_attention": ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "index_n_heads", "index_head_dim"),
+    "compressed_sparse_attention": ("index_n_heads", "index_head_dim"),
     "dense": ("intermediate_size",),
 }
 _WINDOWED = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
@@ -205,6 +229,7 @@ def validate(config: ModelConfig) -> None:
         count = len(getattr(config, name))
         if count != config.num_hidden_layers:
             raise DsparseError(f"config field {name} lists {count} layers, num_hidden_layers is {config.num_hidden_layers}")
+    _validate_layer_types(config)
     if any(kind != "dense" for kind in config.mlp_layer_types):
         _validate_experts(config)
     if set(config.layer_types) & set(_WINDOWED):
@@ -231,6 +256,42 @@ def _validate_windowed(config: ModelConfig) -> None:
         raise DsparseError(
             f"config field index_head_dim ({config.index_head_dim}) is smaller than qk_rope_head_dim ({config.qk_rope_head_dim})"
         )
+
+
+def _validate_layer_types(config: ModelConfig) -> None:
+    for kinds, name, known in (
+        (config.layer_types, "layer_types", MIXER_KINDS),
+        (config.mlp_layer_types, "mlp_layer_types", ("dense", "sparse", "hash_moe")),
+    ):
+        if unknown := sorted(set(kinds) - set(known)):
+            raise DsparseError(f"config field {name}: {unknown[0]!r} is not supported ({', '.join(known)})")
+    if selecting := [i for i, kind in enumerate(config.layer_types) if kind in SELECTING_MIXERS]:
+        _validate_topk(config, selecting)
+    if indexed := [i for i, kind in enumerate(config.layer_types) if kind in INDEXED_MIXERS]:
+        _validate_indexer(config, indexed)
+
+
+def _validate_topk(config: ModelConfig, selecting: list[int]) -> None:
+    topk, depth = config.index_topk, config.num_hidden_layers
+    if isinstance(topk, tuple) and len(topk) != depth:
+        raise DsparseError(f"config field index_topk lists {len(topk)} layers, num_hidden_layers is {depth}")
+    for value in [topk[i] for i in selecting] if isinstance(topk, tuple) else [topk]:
+        if not isinstance(value, int) or value <= 0:
+            raise DsparseError(f"config field index_topk must be a positive integer, found {value!r}")
+
+
+def _validate_indexer(config: ModelConfig, indexed: list[int]) -> None:
+    if config.index_head_dim < config.qk_rope_head_dim:
+        raise DsparseError(
+            f"config field index_head_dim ({config.index_head_dim}) is smaller than qk_rope_head_dim ({config.qk_rope_head_dim})"
+        )
+    kinds, depth = config.indexer_types, config.num_hidden_layers
+    if len(kinds) != depth:
+        raise DsparseError(f"config field indexer_types lists {len(kinds)} layers, num_hidden_layers is {depth}")
+    if unknown := sorted(set(kinds) - {"full", "shared"}):
+        raise DsparseError(f"config field indexer_types: {unknown[0]!r} is not supported (full, shared)")
+    if kinds[indexed[0]] != "full":
+        raise DsparseError(f"config field indexer_types: layer {indexed[0]} is shared, but no full layer comes before it")
 
 
 def _validate_experts(config: ModelConfig) -> None:

@@ -17,12 +17,15 @@ from dsparse.errors import DsparseError
 # Each model_type with what its family uses where the config does not spell it out.
 _V2 = {"scoring_func": "softmax", "topk_method": "greedy", "first_k_dense_replace": 0, "norm_topk_prob": False}
 _V3 = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "first_k_dense_replace": 3, "norm_topk_prob": True}
+_INDEXED = {"mixer": "indexed_attention", "index_topk": 2048, "index_head_dim": 128}
 FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": _V2,
     "deepseek_v3": _V3,
     "kimi_k2": _V3,
     "moonlight": _V3,
     "glm4_moe_lite": _V3 | {"first_k_dense_replace": 1},
+    "deepseek_v32": _V3 | _INDEXED | {"index_n_heads": 64, "indexer_rope_interleave": False},
+    "glm_moe_dsa": _V3 | _INDEXED | {"index_n_heads": 32, "indexer_rope_interleave": True, "rms_norm_eps": 1e-5},
     "deepseek_v4": {
         "checkpoint_names": "deepseek_v4", "scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc", "norm_topk_prob": True, "n_shared_experts": 1,
         "routed_scaling_factor": 1.5, "swiglu_limit": 10.0, "hc_mult": 4, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6,
@@ -30,10 +33,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "compress_rope_theta": 160000.0, "num_hash_layers": 3, "partial_rotary_factor": 64 / 512,
     },
 }  # fmt: skip
+LEGACY_LAYER_TYPES = {"attention": "full_attention", "deepseek_sparse_attention": "indexed_attention"}
 
 _COPIED = {field.name for field in dataclasses.fields(ModelConfig)} - {
     "rope_parameters", "layer_types", "mlp_layer_types", "eos_token_id", "dtype", "huggingface", "compress_rates",
-    "compress_rope_parameters",
+    "compress_rope_parameters", "index_topk", "indexer_types",
 }  # fmt: skip
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 _REQUIRED_LATENT = ("intermediate_size", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -65,8 +69,10 @@ def model_config_fields(source: Mapping[str, Any]) -> dict[str, Any]:
         "rope_parameters": rope_parameters(values),
         "compress_rope_parameters": rope_parameters(values["compress_rope"]) if compressed else None,
         "compress_rates": tuple(sorted(values.get("compress_rates", {}).items())),
-        "layer_types": tuple(values.get("layer_types") or ("full_attention",) * values["num_hidden_layers"]),
+        "layer_types": layer_types(values),
         "mlp_layer_types": mlp_layer_types(values),
+        "index_topk": tuple(topk) if isinstance(topk := values.get("index_topk", 0), list | tuple) else topk,
+        "indexer_types": indexer_types(values),
         "eos_token_id": tuple(eos) if isinstance(eos, list | tuple) else (eos,),
         "dtype": str(values.get("dtype", values.get("torch_dtype", "bfloat16"))).removeprefix("torch."),
     }
@@ -83,6 +89,27 @@ def _typed(name: str, value: Any) -> Any:
     if type(value) is not wanted:
         raise DsparseError(f"config field {name} must be of type {wanted.__name__}, found {value!r}")
     return value
+
+
+def layer_types(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which mixer each layer has: listed outright, by today's or an older name, or the family's own everywhere."""
+    listed = values.get("layer_types") or (values.get("mixer", "full_attention"),) * values["num_hidden_layers"]
+    return tuple(LEGACY_LAYER_TYPES.get(kind, kind) for kind in listed)
+
+
+def indexer_types(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which layers run an indexer and which share the last one's selection (GLM-5, transformers' GlmMoeDsaConfig).
+
+    Stated in one of three ways: `indexer_types` outright; `index_topk_pattern`, "F" or "S" a layer or a list; or every
+    `index_topk_freq`-th layer, counted from `index_skip_topk_offset` - 1.
+    """
+    if listed := values.get("indexer_types"):
+        return tuple(listed)
+    if pattern := values.get("index_topk_pattern"):
+        letters = {"F": "full", "S": "shared"}
+        return tuple(letters.get(kind, kind) for kind in pattern)
+    every, offset = max(values.get("index_topk_freq", 1), 1), values.get("index_skip_topk_offset", 2)
+    return tuple("full" if max(i - offset + 1, 0) % every == 0 else "shared" for i in range(values["num_hidden_layers"]))
 
 
 def mlp_layer_types(values: Mapping[str, Any]) -> tuple[str, ...]:
@@ -169,6 +196,8 @@ def tiny_config(family: str) -> dict[str, Any]:
         "routed_scaling_factor": 2.5, "bos_token_id": 0, "eos_token_id": 1, "dtype": "float32",
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     }  # fmt: skip
+    if "mixer" in FAMILIES[family]:
+        common |= {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 2}
     if FAMILIES[family]["scoring_func"] == "softmax":
         common |= {"topk_method": "group_limited_greedy", "routed_scaling_factor": 1.0, "q_lora_rank": None, "norm_topk_prob": False}
     return common

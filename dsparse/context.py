@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -23,6 +24,8 @@ class Context:
     rope: cos and sin of the positions.
     compress_rope: the same for layers that compress, where the config gives them a rotary embedding of their own.
     empty_cache: the cache holds nothing yet, so tokens attend among themselves only.
+    selected: what the last layer with an indexer selected, for layers that share it; see `ops.sparse_attention`.
+    report_selected: keep every layer's selection, for inspection.
     """
 
     tokens: Int[Array, "B T"]
@@ -32,3 +35,12 @@ class Context:
     rope: Float[Array, "2 B T half"]
     compress_rope: Float[Array, "2 B T half"] | None = None
     empty_cache: bool = dataclasses.field(default=False, metadata={"static": True})
+    selected: Int[Array, "B T K"] | None = None
+    report_selected: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+def segment_starts(segment_ids: Int[AnyArray, "B T"]) -> Int[Array, "B T"]:
+    """The column at which each token's segment starts; a segment's tokens stand together."""
+    column = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+    changed = jnp.concatenate([jnp.zeros_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    return jax.lax.cummax(jnp.where(changed, column, 0), axis=1)

@@ -22,8 +22,11 @@ from dsparse.sharding import current_mesh
 class Linear(nnx.Module):
     """y = x W^T (+ b), with W [out, in]; an 8-bit W is scaled inside the product."""
 
-    def __init__(self, scope: Scope, d_in: int, d_out: int, axes: tuple[str | None, str | None], init, bias: bool = False):
-        self.weight = scope.param("weight", (d_out, d_in), axes, init)
+    def __init__(
+        self, scope: Scope, d_in: int, d_out: int, axes: tuple[str | None, str | None], init, bias: bool = False, minimum=None
+    ):
+        """minimum: precision below which the weight is not kept when the model's dtype decides."""
+        self.weight = scope.param("weight", (d_out, d_in), axes, init, minimum=minimum)
         self.weight_scale_inv = scope.scale_inv("weight", (d_out, d_in), axes)
         self.bias = scope.param("bias", (d_out,), axes[:1], zeros) if bias else None
 
@@ -66,6 +69,21 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         return rms_normalize(x, self.eps) * self.weight[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with a bias, computed in float32 (Ba et al. 2016)."""
+
+    def __init__(self, scope: Scope, dim: int, eps: float = 1e-6):
+        self.weight = scope.param("weight", (dim,), (None,), ones)
+        self.bias = scope.param("bias", (dim,), (None,), zeros)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class GatedMLP(nnx.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +17,7 @@ from dsparse import ops
 from dsparse.blocks import MIXERS, Embedding, MTPLayer, Run, Stack, plan_runs
 from dsparse.cache import Arrays
 from dsparse.config import ModelConfig
-from dsparse.context import AnyArray, Context
+from dsparse.context import AnyArray, Context, segment_starts
 from dsparse.errors import DsparseError
 from dsparse.hyper import HyperHead
 from dsparse.layers import Linear, RMSNorm, rope_cos_sin
@@ -100,9 +101,15 @@ class Model(nnx.Module):
         empty_cache: promise that the cache holds nothing yet (the first chunk of a prompt).
         Each `Routing` is stacked over the layers of its scanned run.
         """
+        x, cache, reports = self._run(tokens, positions, segment_ids, cache, slots, empty_cache=empty_cache)
+        return x, cache, [r.routing for stack in reports for r in stack if r.routing is not None]
+
+    def _run(self, tokens, positions, segment_ids, cache=None, slots=None, **flags: bool):
+        """`hidden_states` with every layer's report instead of the routings. flags: static fields of `Context`."""
         if positions is None:
             positions = default_positions(tokens, segment_ids)
         tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
+        segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
         with use_mesh(self.mesh):
             tokens = constrain(tokens, "batch", None)
             rope = rope_cos_sin(self.config.rope_parameters, self.config.qk_rope_head_dim, positions)
@@ -110,18 +117,33 @@ class Model(nnx.Module):
             if compress_rope is not None:
                 compress_rope = rope_cos_sin(compress_rope, self.config.qk_rope_head_dim, positions)
             slots = positions if slots is None else slots
-            context = Context(tokens, positions, slots, segment_ids, rope, compress_rope, empty_cache)
+            context = Context(tokens, positions, slots, segment_ids, rope, compress_rope, **flags)
             x = constrain(self.embed_tokens.weight[...][tokens].astype(self.dtype), "batch", None, None)
             if self.hc_head is not None:
                 x = jnp.repeat(x[:, :, None], self.config.hc_mult, axis=2)
-            new_cache, routings = [], []
+            new_cache, reports = [], []
             for index, stack in enumerate(self.stacks):
-                x, caches, routed = stack(x, context, None if cache is None else cache[index], self.remat)
+                x, caches, report, selected = stack(x, context, None if cache is None else cache[index], self.remat)
+                context = dataclasses.replace(context, selected=selected)
                 new_cache.append(caches)
-                routings.extend(r for r in routed if r is not None)
+                reports.append(report)
             if self.hc_head is not None:
                 x = self.hc_head(x)
-        return x, None if cache is None else new_cache, routings
+        return x, None if cache is None else new_cache, reports
+
+    def selections(
+        self, tokens: Int[AnyArray, "B T"], segment_ids: Int[AnyArray, "B T"] | None = None
+    ) -> list[Int[Array, "B T K"] | None]:
+        """The indices each layer's indexer selects, -1 for nothing; None for a layer that selects nothing.
+
+        A layer that shares another's selection, and one whose top-k covers all tokens, is None too.
+        """
+        _, _, reports = self._run(tokens, None, segment_ids, report_selected=True)
+        by_layer = []
+        for run, stack in zip(self.runs, reports, strict=True):
+            for repeat in range(run.repeats):
+                by_layer.extend(None if r.selected is None else r.selected[repeat] for r in stack)
+        return by_layer
 
     def head_weight(self) -> Float[Array, "V D"]:
         """The output projection in floating point; with tied embeddings, the embedding."""
@@ -169,10 +191,7 @@ def _forward(graphdef, state, tokens, positions, segment_ids):
 def default_positions(tokens: Int[AnyArray, "B T"], segment_ids: Int[AnyArray, "B T"] | None) -> Int[Array, "B T"]:
     """0, 1, 2, ... along each row, starting again where the segment changes."""
     index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    if segment_ids is None:
-        return index
-    changed = jnp.concatenate([jnp.zeros_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
-    return index - jax.lax.cummax(jnp.where(changed, index, 0), axis=1)
+    return index if segment_ids is None else index - segment_starts(segment_ids)
 
 
 def check_tokens(tokens, vocab_size: int) -> Int[np.ndarray, "B T"]:

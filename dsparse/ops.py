@@ -7,6 +7,7 @@ NotImplementedError. References are in `dsparse.reference`.
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsparse import banded, grouped, reference
+from dsparse import banded, gathered, grouped, indexing, reference, sharding
 from dsparse.params import FLOAT8
 
 logger = logging.getLogger("dsparse.ops")
@@ -138,43 +139,99 @@ def cached_attention(
     return jnp.swapaxes(out, 1, 2).astype(q.dtype)
 
 
-sparse_attention = reference.sparse_attention
+# ---- sparse attention -----------------------------------------------------------------------------------------------
+
+
+def _kernel(module: str, name: str) -> Callable:
+    """A kernel of `dsparse.kernels`, imported when it is called; refuses where there is no GPU."""
+
+    def call(*args, **kwargs):
+        mesh = sharding.current_mesh()
+        if jax.default_backend() != "gpu":
+            raise NotImplementedError(f"needs a GPU, found {jax.default_backend()}")
+        if mesh is not None and mesh.size > 1:
+            raise NotImplementedError("does not split over a mesh")
+        try:
+            found = getattr(importlib.import_module(f"dsparse.kernels.{module}"), name)
+        except (ImportError, AttributeError) as error:
+            raise NotImplementedError(f"kernel {module}.{name} is not there ({error})") from error
+        return found(*args, **kwargs)
+
+    return call
+
+
+def sparse_attention(
+    q: Float[Array, "B T N H"],
+    kv: Float[Array, "B S H"],
+    indices: Int[Array, "B T K"],
+    *,
+    v_head_dim: int,
+    scale: float,
+    sinks: Float[Array, " N"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """Attention of each query over the rows of `kv` that its indices name: the one op of every sparse family.
+
+    indices: rows of `kv`, in any order, each at most once a query; -1: nothing. A key is a whole row, its value the
+        first `v_head_dim` columns (MLA in latent space, DeepSeek-V2 section 2.1.2).
+    sinks: a logit for each head that takes part in the softmax and adds nothing to the output.
+
+    Returns the output and the float32 log-sum-exp of the scaled logits (sinks included). A query without any index
+    gives 0 and -inf (or its sink). Differentiable in q, kv and sinks, in memory proportional to T*K.
+    """
+    choices = {
+        "mosaic_gpu": _kernel("sparse_attention", "sparse_attention"),
+        "xla": lambda q, kv, indices, *, v_head_dim, scale, sinks: gathered.sparse_attention(
+            q, kv, indices, sinks, v_head_dim, scale
+        ),
+        "reference": reference.sparse_attention,
+    }
+    return _dispatch(
+        "sparse_attention", implementation, choices, q, kv, indices, v_head_dim=v_head_dim, scale=scale, sinks=sinks
+    )
+
+
+def topk(
+    scores: Float[Array, "R S"], k: int, lengths: Int[Array, " R"] | None = None, *, implementation: str | None = None
+) -> Int[Array, "R K"]:
+    """Positions of the k largest among each row's first `lengths` entries, in any order; -1 where there are fewer.
+
+    Exact; of equal scores the lowest positions are taken, and 0.0 equals -0.0. An entry of -inf is never taken.
+    """
+    return _dispatch("topk", implementation, {"mosaic_gpu": _kernel("topk", "topk"), "xla": reference.topk}, scores, k, lengths)
+
+
+def indexer_topk(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S H"],
+    weights: Float[Array, "B T N"],
+    topk: int,
+    *,
+    ends: Int[Array, "B T"],
+    starts: Int[Array, "B T"] | None = None,
+    implementation: str | None = None,
+) -> Int[Array, "B T K"]:
+    """The `topk` keys with the highest lightning indexer scores, sum over heads of weights * relu(q . k), of each query.
+
+    A query sees the keys from `starts` (default 0) to before `ends`; -1 fills where these are fewer than `topk`.
+    Scores exist for a bounded chunk of queries at a time. Passes no gradient.
+    """
+    q, k, weights = jax.lax.stop_gradient((q, k, weights))
+    choices = {"mosaic_gpu": _indexer_topk_kernel, "xla": _indexer_topk}
+    return _dispatch("indexer_topk", implementation, choices, q, k, weights, topk, ends=ends, starts=starts)
+
+
+def _indexer_topk_kernel(q, k, weights, count, *, ends, starts):
+    if starts is not None:
+        raise NotImplementedError("every query sees the keys from 0 on")
+    return _kernel("indexer", "indexer_topk")(q, k, weights, ends, count)
+
+
+def _indexer_topk(q, k, weights, count, *, ends, starts):
+    return indexing.indexer_topk(q, k, weights, ends, starts, count, reference.indexer_logits, topk)
+
 
 # ---- windows and compressed entries ---------------------------------------------------------------------------------
-
-INDEX_SCORE_BYTES = 64 << 20  # per-head scores that choosing entries keeps at once
-
-
-def choose_entries(
-    q: Float[Array, "B T N H"],
-    keys: Float[Array, "B E H"],
-    weights: Float[Array, "B T N"],
-    k: int,
-    first: Int[Array, "B T"],
-    last: Int[Array, "B T"],
-) -> Int[Array, "B T k"]:
-    """The k best-scored entries e of each query with first <= e < last, ties to the lowest; -1 where there are fewer."""
-    batch, length, heads, _ = q.shape
-    entry = jnp.arange(keys.shape[1])
-
-    def choose(q, weights, first, last):
-        scores = reference.indexer_logits(q, keys, weights)
-        visible = (entry >= first[..., None]) & (entry < last[..., None])
-        scores = jnp.where(visible, scores, -jnp.inf).reshape(-1, len(entry))
-        return reference.topk(scores, k).reshape(*first.shape, k)
-
-    size = max(1, INDEX_SCORE_BYTES // (batch * heads * len(entry) * 4))
-    if size >= length:
-        return choose(q, weights, first, last)
-    count = -(-length // size)
-    chunks = jax.tree.map(
-        lambda x: jnp.moveaxis(
-            jnp.pad(x, ((0, 0), (0, count * size - length), *((0, 0),) * (x.ndim - 2))).reshape(batch, count, size, *x.shape[2:]), 1, 0
-        ),
-        (q, weights, first, last),
-    )
-    chosen = jax.lax.map(lambda chunk: choose(*chunk), chunks)
-    return jnp.moveaxis(chosen, 0, 1).reshape(batch, count * size, k)[:, :length]
 
 
 def window_attention(

@@ -1,0 +1,61 @@
+"""Scoring and selecting tokens in bounded memory: the score matrix exists only a chunk of queries at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+SCORE_BYTES = 16 << 20  # of one chunk's scores, all heads
+PREFIXES = 4  # lengths of the key axis that a chunk's scores are computed for, so that causal chunks skip the future
+SHORTEST_PREFIX = 256
+
+
+def indexer_topk(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S H"],
+    weights: Float[Array, "B T N"],
+    ends: Int[Array, "B T"],
+    starts: Int[Array, "B T"] | None,
+    topk: int,
+    score: Callable[[Array, Array, Array], Float[Array, "B T S"]],
+    select: Callable[[Float[Array, "R S"], int, Int[Array, " R"]], Int[Array, "R K"]],
+) -> Int[Array, "B T K"]:
+    """See `ops.indexer_topk`. score(q, k, weights) and select(scores, topk, lengths) are the ops it is made of."""
+
+    def visible(q, weights, ends, starts, keys: int):
+        scores = score(q, k[:, :keys], weights)
+        if starts is not None:
+            scores = jnp.where(jnp.arange(keys) >= starts[..., None], scores, -jnp.inf)
+        rows = ends.size
+        selected = select(scores.reshape(rows, keys), topk, jnp.minimum(ends.reshape(rows), keys))
+        selected = selected.reshape(*ends.shape, topk)
+        return selected if starts is None else jnp.where(selected >= starts[..., None], selected, -1)
+
+    def some(chunk):
+        prefixes = _prefixes(k.shape[1], topk)
+        branches = [lambda *args, keys=keys: visible(*args, keys) for keys in prefixes]
+        needed = jnp.max(chunk[2])
+        return jax.lax.switch(jnp.sum(needed > jnp.array(prefixes[:-1], jnp.int32)), branches, *chunk)
+
+    batch, time, heads, _ = q.shape
+    size = min(time, max(1, SCORE_BYTES // (4 * batch * heads * k.shape[1])))
+    arrays = (q, weights, ends, starts)
+    if size == time:
+        return some(arrays)
+    count = -(-time // size)
+
+    def split(a):
+        a = jnp.pad(a, [(0, 0), (0, count * size - time)] + [(0, 0)] * (a.ndim - 2))
+        return jnp.moveaxis(a.reshape(batch, count, size, *a.shape[2:]), 1, 0)
+
+    selected = jax.lax.map(some, jax.tree.map(split, arrays))
+    return jnp.moveaxis(selected, 0, 1).reshape(batch, count * size, topk)[:, :time]
+
+
+def _prefixes(keys: int, topk: int) -> tuple[int, ...]:
+    """Lengths of the key axis to choose from, the whole one last."""
+    lengths = {-(-keys * part // PREFIXES) for part in range(1, PREFIXES)}
+    return (*sorted(length for length in lengths if length >= max(topk, SHORTEST_PREFIX)), keys)
