@@ -266,6 +266,7 @@ def store(values: jax.Array, target) -> None:
 
     Straight from registers: a stage in shared memory would hold up whatever that memory is for.
     """
+
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
     def run(ctx, values, target):
         i64 = ir.IntegerType.get_signless(64)

@@ -125,9 +125,7 @@ def backward(q, kv, indices, steps, dout, lse, delta, unit, *, scale: float, det
             def run(dq):
                 def step(i, _):
                     zero = rows.opaque_zero()
-                    pairs = [
-                        (lambda h=h: q_s.at[zero + h], lambda h=h: half_of(tile_s, h).T) for h in (0, 1)
-                    ]
+                    pairs = [(lambda h=h: q_s.at[zero + h], lambda h=h: half_of(tile_s, h).T) for h in (0, 1)]
                     if has_tail:
                         pairs.append((lambda: q_tail_s.at[zero], lambda: tail_s.at[zero].T))
                     waits = [lambda number=number: rows.wait_full(barriers, number, i) for number in (0, 1)]
@@ -162,9 +160,7 @@ def backward(q, kv, indices, steps, dout, lse, delta, unit, *, scale: float, det
             def run(dq, dq_tail):
                 def step(i, _):
                     zero = rows.opaque_zero()
-                    pairs = [
-                        (lambda h=h: dout_s.at[zero + h], lambda h=h: half_of(tile_s, h).T) for h in (0, 1)
-                    ]
+                    pairs = [(lambda h=h: dout_s.at[zero + h], lambda h=h: half_of(tile_s, h).T) for h in (0, 1)]
                     waits = [lambda number=number: rows.wait_full(barriers, number, i) for number in (0, 1)]
                     dp = product(pairs, (HEADS, STEP), waits)
                     plgpu.barrier_wait(p_ready)
