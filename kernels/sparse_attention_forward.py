@@ -24,7 +24,7 @@ LOG2_E = math.log2(math.e)
 _MINUS_INF = -1e30  # a maximum over nothing: finite, so that differences stay numbers
 
 _LEFT0, _RIGHT0, _LEFT1, _RIGHT1 = range(4)  # the parts, in the order in which they are freed
-TOLD = 3  # vectors that the computing warpgroups tell each other: how the maximum moved, the maximum, the sum
+TOLD = 2  # vectors that the computing warpgroups tell each other: how the maximum moved, and the maximum
 
 
 def gather_parts(head_dim: int) -> tuple[rows.Part, ...]:
@@ -72,7 +72,7 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
         return constant if interpret else plgpu.layout_cast(constant, layout.reduce(1))
 
     def kernel(q_g, kv_g, indices_g, steps_g, sinks_g, out_g, lse_g, *scratch):
-        q_s, q_tail_s, tile_s, tail_s, bias_s, told_s, barriers, q_ready, start, p_ready, full, freed, *sums = scratch
+        q_s, q_tail_s, tile_s, tail_s, bias_s, told_s, sums_s, barriers, q_ready, start, p_ready, sums_ready, full, freed, *sums = scratch
         wg = lax.axis_index("wg")
         first = lax.axis_index("block")
 
@@ -86,9 +86,18 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
             return lax.div(item, head_blocks), pl.ds(lax.rem(item, head_blocks) * HEADS, HEADS)
 
         def for_items(body):
-            """body(item, steps before it) -> its steps, for each of this block's items."""
+            """body(item, its steps, steps before it) for each of this block's items."""
+
+            def one(n, carry):
+                done, num_steps = carry
+                item = first + n * blocks
+                # Read ahead: the next item's first step must not wait for memory.
+                following = steps_g[lax.div(jnp.minimum(item + blocks, items - 1), head_blocks)]
+                body(item, num_steps, done)
+                return done + num_steps, following
+
             count = lax.div(items - first + blocks - 1, blocks)
-            lax.fori_loop(0, count, lambda n, done: done + body(first + n * blocks, done), jnp.int32(0))
+            lax.fori_loop(0, count, one, (jnp.int32(0), steps_g[lax.div(first, head_blocks)]))
 
         def load_q(item):
             row, heads = where(item)
@@ -96,6 +105,10 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
                 plgpu.copy_gmem_to_smem(q_g.at[row, heads, pl.ds(half * HALF, HALF)], q_s.at[half], q_ready)
             if has_tail:
                 plgpu.copy_gmem_to_smem(q_g.at[row, heads, pl.ds(V_DIM, rows.CHUNK)], q_tail_s.at[0], q_ready)
+
+        def prefetch_q(item):
+            row, heads = where(item)
+            plgpu.async_prefetch(q_g.at[row, heads])
 
         def wait_full(part, step):
             plgpu.barrier_wait(full.at[part]) if interpret else rows.wait_full(barriers, part, step)
@@ -129,6 +142,13 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
             plgpu.barrier_wait(p_ready.at[slot])
             return [vector(told_s.at[TOLD * slot + number], 1) for number in range(TOLD)]
 
+        def total_of_both(total, slot):
+            sums_s[slot] = total
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(sums_ready)
+            plgpu.barrier_wait(sums_ready)
+            return total + vector(sums_s.at[1 - slot], 1)
+
         def rescale(out, alpha):
             value = out[...]
             out[...] = value * spread(alpha, value, 0)
@@ -151,11 +171,11 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
         def sinks_of(item):
             return vector(sinks_g.at[where(item)[1]], 1, optimized=False) * LOG2_E
 
-        def store(item, out, m, l, sink, half):
+        def store(item, out, m, total, sink, half):
             row, heads = where(item)
             top = jnp.maximum(m, sink)
             alpha = jnp.exp2(m - top)
-            total = l * alpha + jnp.exp2(sink - top)
+            total = total * alpha + jnp.exp2(sink - top)
             out = out * spread(jnp.where(total > 0, alpha / total, 0.0), out, 0)
             lse = (top + jnp.log2(total)) / LOG2_E
             target = out_g.at[row, heads, pl.ds(half * HALF, HALF)]
@@ -173,26 +193,27 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
             plgpu.set_max_registers(216, action="increase")
             load_q(first)
 
-            def attend(item, done):
-                num_steps = steps_g[where(item)[0]]
+            def attend(item, num_steps, done):
                 sink = sinks_of(item)
+                if not interpret:
+                    pl.when(item + blocks < items)(lambda: prefetch_q(item + blocks))
                 plgpu.barrier_wait(q_ready)
 
                 def run(out):
                     def step(i, carry):
-                        m, l, _ = carry
+                        m, total = carry
                         s = scores(0, done + i)
                         top = jnp.maximum(m, s.max(axis=1))
                         alpha = jnp.exp2(m - top)
                         p = jnp.exp2(s - spread(top, s, 0))
                         p16 = p.astype(kv.dtype)
-                        l = l * alpha + p.sum(axis=1)
-                        tell(p16, 0, alpha, top, l)
+                        tell(p16, 0, alpha, top)
+                        total = total * alpha + p.sum(axis=1)
                         rescale(out, alpha)
                         add_product(out, tail_s.at[0] if interpret else p16, values(0, 0))
                         plgpu.wgmma_wait(0)
                         free(_LEFT0)
-                        alpha, m, other_l = listen(1)
+                        alpha, m = listen(1)
                         # Both have scored the item's last tiles: its queries may make room for the next item's.
                         last = (i == num_steps - 1) & (item + blocks < items)
                         pl.when(last)(lambda: load_q(item + blocks))
@@ -200,53 +221,48 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
                         add_product(out, tail_s.at[1], values(1, 0))
                         plgpu.wgmma_wait(0)
                         free(_LEFT1)
-                        return m, l * alpha, other_l
+                        return m, total * alpha
 
-                    m, l, other_l = lax.fori_loop(0, num_steps, step, (filled(_MINUS_INF), filled(0.0), filled(0.0)))
-                    return out[...], m, l + other_l
+                    m, total = lax.fori_loop(0, num_steps, step, (filled(_MINUS_INF), filled(0.0)))
+                    return out[...], m, total_of_both(total, 0)
 
                 store(item, *accumulate(run, 0), sink, 0)
-                return num_steps
-
             for_items(attend)
 
         @pl.when(wg == 1)
         def right():
             plgpu.set_max_registers(216, action="increase")
 
-            def attend(item, done):
-                num_steps = steps_g[where(item)[0]]
+            def attend(item, num_steps, done):
                 sink = sinks_of(item)
                 plgpu.barrier_wait(q_ready)
 
                 def run(out):
                     def step(i, carry):
-                        _, l, _ = carry
+                        _, total = carry
                         s = scores(1, done + i)
                         top = s.max(axis=1)
-                        alpha0, m, other_l = listen(0)
+                        alpha0, m = listen(0)
                         rescale(out, alpha0)
                         add_product(out, tail_s.at[0], values(0, 1))
                         top = jnp.maximum(m, top)
                         alpha = jnp.exp2(m - top)
                         p = jnp.exp2(s - spread(top, s, 0))
                         p16 = p.astype(kv.dtype)
-                        l = l * (alpha0 * alpha) + p.sum(axis=1)
-                        tell(p16, 1, alpha, top, l)
+                        tell(p16, 1, alpha, top)
+                        total = total * (alpha0 * alpha) + p.sum(axis=1)
                         plgpu.wgmma_wait(0)
                         free(_RIGHT0)
                         rescale(out, alpha)
                         add_product(out, tail_s.at[1] if interpret else p16, values(1, 1))
                         plgpu.wgmma_wait(0)
                         free(_RIGHT1)
-                        return top, l, other_l * alpha
+                        return top, total
 
-                    m, l, other_l = lax.fori_loop(0, num_steps, step, (filled(_MINUS_INF), filled(0.0), filled(0.0)))
-                    return out[...], m, l + other_l
+                    m, total = lax.fori_loop(0, num_steps, step, (filled(_MINUS_INF), filled(0.0)))
+                    return out[...], m, total_of_both(total, 1)
 
                 store(item, *accumulate(run, 1), sink, 1)
-                return num_steps
-
             for_items(attend)
 
         @pl.when(wg == 2)
@@ -268,10 +284,9 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
                 )
                 return
 
-            def attend(item, done):
+            def attend(item, num_steps, done):
                 row, _ = where(item)
-                gather_interpreted(kv_g.at[lax.div(row, queries)], indices_g.at[row], steps_g[row], done)
-                return steps_g[row]
+                gather_interpreted(kv_g.at[lax.div(row, queries)], indices_g.at[row], num_steps, done)
 
             def gather_interpreted(kv_rows, list_g, num_steps, done):
                 def step(i, _):
@@ -318,10 +333,12 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
             tiles(2, rows.ROWS, rows.CHUNK),
             plgpu.SMEM((2, rows.ROWS), jnp.float32),
             plgpu.SMEM((2 * TOLD, HEADS), jnp.float32),
+            plgpu.SMEM((2, HEADS), jnp.float32),
             rows.barrier_scratch(parts),
             plgpu.Barrier(num_arrivals=3 if has_tail else 2),
             plgpu.Barrier(num_arrivals=3),
             plgpu.Barrier(num_barriers=2),
+            plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_barriers=4),
             plgpu.Barrier(num_barriers=4),
             # An accumulator cannot be stored to in interpret mode: shared memory stands in for it.

@@ -1,0 +1,201 @@
+"""Sparse attention on a Hopper GPU: `python -m benchmarks.kernels.sparse_attention [--check]`.
+
+Prints each shape's median time, TFLOP/s and ratio to plain XLA (a gather, a chunk of queries at a time) in the same
+run. A product of a query head with a row counts 2 * H and its value 2 * V; the backward counts five products.
+`--check` compares output, log-sum-exp and gradients with a float32 reference on fresh random inputs instead.
+"""
+
+import argparse
+import functools
+import secrets
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from dsparse.kernels.sparse_attention import sparse_attention
+
+from benchmarks.kernels import measure
+
+V = 512
+# name, queries, heads, row width, keys, indices a query, sinks
+SHAPES = (
+    ("V3.2, 8k keys", 4096, 128, 576, 8192, 2048, False),
+    ("V3.2, 32k keys", 4096, 128, 576, 32768, 2048, False),
+    ("64 heads, 32k keys", 4096, 64, 576, 32768, 2048, False),
+    ("V4, 64 heads, 8k keys", 4096, 64, 512, 8192, 512, True),
+    ("V4, 64 heads, 32k keys", 4096, 64, 512, 32768, 512, True),
+    ("V4, 128 heads, 32k keys", 4096, 128, 512, 32768, 1024, True),
+)
+# batch, queries, heads, row width, keys, indices a query, sinks, some indices invalid
+CHECKS = (
+    (1, 160, 128, 576, 1500, 512, False, False),
+    (2, 35, 72, 576, 300, 200, True, True),
+    (2, 40, 16, 512, 333, 130, True, True),
+    (1, 300, 64, 512, 700, 256, False, True),
+)
+
+
+def random_indices(rng, shape: tuple[int, ...], keys: int) -> np.ndarray:
+    *lead, count = shape
+    return np.argsort(rng.random((*lead, keys), np.float32), -1)[..., :count].astype(np.int32)
+
+
+def inputs(queries, heads, width, keys, count, with_sinks):
+    rng = np.random.default_rng(0)
+    normal = [
+        jax.random.normal(k, s, jnp.bfloat16)
+        for k, s in zip(
+            jax.random.split(jax.random.key(0), 3),
+            ((1, queries, heads, width), (1, keys, width), (1, queries, heads, V)),
+            strict=True,
+        )
+    ]
+    # A few hundred distinct lists: sorting one for every query would take longer than the benchmark.
+    indices = np.tile(random_indices(rng, (256, count), keys), (queries // 256, 1))[None]
+    sinks = jnp.asarray(rng.normal(size=heads), jnp.float32) if with_sinks else None
+    return (*normal, jnp.asarray(indices), sinks)
+
+
+def reference(q, kv, indices, sinks, scale):
+    """In float32, with gradients that are defined for queries without any row."""
+    valid = (indices >= 0) & (indices < kv.shape[1])
+    rows = jax.vmap(lambda table, index: table[index])(kv, jnp.where(valid, indices, 0))
+    logits = jnp.einsum("btnh,btkh->btnk", q, rows, precision="highest") * scale
+    logits = jnp.where(valid[:, :, None], logits, -jnp.inf)
+    sinks = jnp.full(q.shape[2], -jnp.inf) if sinks is None else sinks
+    logits = jnp.concatenate([logits, jnp.broadcast_to(sinks[:, None], (*logits.shape[:3], 1))], -1)
+    top = jax.lax.stop_gradient(jnp.maximum(logits.max(-1, keepdims=True), -1e30))
+    weights = jnp.exp(logits - top)
+    total = weights.sum(-1, keepdims=True)
+    some = total > 0
+    weights = jnp.where(some, weights / jnp.where(some, total, 1.0), 0.0)[..., :-1]
+    lse = jnp.where(some, jnp.log(jnp.where(some, total, 1.0)) + top, -jnp.inf)[..., 0]
+    return jnp.einsum("btnk,btkv->btnv", weights, rows[..., :V], precision="highest"), lse
+
+
+def gather_in_chunks(q, kv, indices, *, scale, chunk=64):
+    """What plain XLA does: gathered rows of some queries at a time."""
+
+    def some(part):
+        q, indices = part
+        rows = kv[0][indices]
+        logits = jnp.einsum("tnh,tkh->tnk", q, rows, preferred_element_type=jnp.float32) * scale
+        return jnp.einsum("tnk,tkv->tnv", jax.nn.softmax(logits).astype(q.dtype), rows[..., :V])
+
+    def split(x):
+        return x[0].reshape(-1, chunk, *x.shape[2:])
+
+    return jax.lax.map(jax.checkpoint(some), (split(q), split(indices))).reshape(q.shape[:3] + (V,))
+
+
+def check(seed: int) -> bool:
+    good = True
+    for shape in CHECKS:
+        batch, queries, heads, width, keys, count, with_sinks, with_invalid = shape
+        rng = np.random.default_rng(seed)
+        normal = functools.partial(rng.standard_normal, dtype=np.float32)
+        q = jnp.asarray(normal((batch, queries, heads, width)), jnp.bfloat16)
+        kv = jnp.asarray(normal((batch, keys, width)), jnp.bfloat16)
+        indices = random_indices(rng, (batch, queries, count), keys)
+        if with_invalid:
+            indices = np.where(rng.random(indices.shape) < 0.3, -1, indices)
+            indices[0, 3], indices[0, 5, 20:], indices[0, 6, 0] = -1, -1, keys + 5
+        sinks = jnp.asarray(normal(heads)) if with_sinks else None
+        dout, dlse = (
+            jnp.asarray(normal((batch, queries, heads, V)), jnp.bfloat16),
+            jnp.asarray(normal((batch, queries, heads))),
+        )
+
+        def outputs(f, arguments, rest):
+            def loss(arguments):
+                out, lse = f(*arguments, rest[0])
+                total = jnp.sum(out.astype(jnp.float32) * rest[1]) + jnp.sum(jnp.where(lse > -1e29, lse * rest[2], 0.0))
+                return total, (out, lse)
+
+            (_, primal), gradients = jax.value_and_grad(loss, has_aux=True)(arguments)
+            return primal, gradients
+
+        def kernel(deterministic):
+            return lambda q, kv, sinks, indices: sparse_attention(
+                q, kv, indices, v_head_dim=V, scale=width**-0.5, sinks=sinks, deterministic=deterministic
+            )
+
+        rest = (jnp.asarray(indices), dout, dlse)
+        arguments = (q, kv, sinks)
+        plain = lambda q, kv, sinks, indices: reference(q, kv, indices, sinks, width**-0.5)
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32), arguments)
+        (out, lse), expected = jax.jit(functools.partial(outputs, plain))(wide, rest)
+        finite = np.isfinite(np.asarray(lse))
+        for deterministic in (False, True):
+            run = jax.jit(functools.partial(outputs, kernel(deterministic)))
+            (out_k, lse_k), gradients = run(arguments, rest)
+            errors = [measure.relative_error(out_k, out)]
+            errors.append(measure.relative_error(np.asarray(lse_k)[finite], np.asarray(lse)[finite]))
+            errors += [
+                measure.relative_error(a, b)
+                for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True)
+            ]
+            same_empty = bool((np.isfinite(np.asarray(lse_k)) == finite).all())
+            again = run(arguments, rest)[1]
+            repeats = all(
+                bool((a == b).all()) for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(again), strict=True)
+            )
+            passed = max(errors) < 5e-3 and errors[1] < 1e-5 and same_empty and (repeats or not deterministic)
+            good &= passed
+            print(
+                shape,
+                "deterministic" if deterministic else "",
+                "out, lse, gradients:",
+                " ".join(f"{e:.1e}" for e in errors),
+                f"repeats {repeats}",
+                "ok" if passed else "WRONG",
+                flush=True,
+            )
+    return good
+
+
+def times(quick: bool) -> None:
+    print(f"{'':26} {'forward ms':>10} {'TFLOP/s':>8} {'x XLA':>6} {'backward ms':>12} {'TFLOP/s':>8} {'x XLA':>6}")
+    for name, queries, heads, width, keys, count, with_sinks in SHAPES:
+        q, kv, dout, indices, sinks = inputs(queries, heads, width, keys, count, with_sinks)
+        attend = lambda q, kv, indices, sinks: sparse_attention(
+            q, kv, indices, v_head_dim=V, scale=width**-0.5, sinks=sinks
+        )
+        plain = lambda q, kv, indices, sinks: (gather_in_chunks(q, kv, indices, scale=width**-0.5),)
+
+        def backward(f):
+            def run(q, kv, indices, sinks, dout):
+                return jax.vjp(lambda q, kv: f(q, kv, indices, sinks)[0], q, kv)[1](dout)
+
+            return run
+
+        pairs = 2 * queries * heads * count
+        forward_ms = measure.jax_milliseconds(attend, q, kv, indices, sinks)
+        both_ms = measure.jax_milliseconds(backward(attend), q, kv, indices, sinks, dout)
+        xla = [float("nan")] * 2
+        if not quick:
+            xla = [measure.jax_milliseconds(plain, q, kv, indices, sinks)]
+            xla.append(measure.jax_milliseconds(backward(plain), q, kv, indices, sinks, dout))
+        backward_ms = both_ms - forward_ms
+        print(
+            f"{name:26} {forward_ms:10.3f} {pairs * (width + V) / forward_ms / 1e9:8.0f} {xla[0] / forward_ms:6.1f} "
+            f"{backward_ms:12.3f} {pairs * (3 * width + 2 * V) / backward_ms / 1e9:8.0f} {xla[1] / both_ms:6.1f}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare with a float32 reference instead")
+    parser.add_argument("--quick", action="store_true", help="leave out plain XLA")
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(2**31), help="of --check")
+    options = parser.parse_args()
+    print(measure.versions())
+    if options.check:
+        print("seed", options.seed)
+        raise SystemExit(0 if check(options.seed) else 1)
+    times(options.quick)
+
+
+if __name__ == "__main__":
+    main()
