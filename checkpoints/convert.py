@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from dsparse.checkpoints import native, saving
 from dsparse.checkpoints.loading import THREADS, Reader, aligned_empty, warn_nonfinite
 from dsparse.checkpoints.mapping import layout_of
 from dsparse.checkpoints.plan import Plan, make_plan
 from dsparse.checkpoints.sources import JOURNAL, Checkpoint, open_checkpoint, partial_folder
+
 from dsparse.errors import DsparseError
 from dsparse.pretrained import FORMATS, parse_dtype, parse_size
 
@@ -52,9 +52,9 @@ class Report:
 
     def __str__(self) -> str:
         speed = self.bytes_written / max(self.seconds, 1e-9)
+        size = f"{self.bytes_written / 1e9:.2f} GB in {self.seconds:.1f} s ({speed / 1e9:.2f} GB/s)"
         lines = [
-            f"{self.destination}: {self.format}, {self.tensors} tensors, {self.bytes_written / 1e9:.2f} GB "
-            f"in {self.seconds:.1f} s ({speed / 1e9:.2f} GB/s), peak memory {self.peak_memory / 2**30:.2f} GiB"
+            f"{self.destination}: {self.format}, {self.tensors} tensors, {size}, peak memory {self.peak_memory / 2**30:.2f} GiB"
         ]
         if self.resumed_from:
             lines.append(f"went on from an interrupted conversion with {self.resumed_from / 1e9:.2f} GB done")

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-
 from dsparse.checkpoints.mapping import TOP, Layout, Prefix, Slot
 from dsparse.checkpoints.saving import Export, write_shard
 from dsparse.checkpoints.tensorfiles import DTYPES, TensorFiles, TensorInfo, read_header
+
 from dsparse.errors import DsparseError
 from dsparse.origin import Origin
 

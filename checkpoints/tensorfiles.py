@@ -16,7 +16,6 @@ import struct
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -91,10 +90,10 @@ class TensorFiles:
             os.close(descriptor)
         self._files.clear()
 
-    def __enter__(self) -> TensorFiles:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def read_into(self, name: str, index: tuple[slice, ...], out: np.ndarray) -> None:
