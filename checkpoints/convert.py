@@ -92,6 +92,7 @@ def convert(
         raise DsparseError(f"quantization {quantization!r} is not supported")
     with checkpoint.files as files, concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         plan = make_plan(files, checkpoint.config, checkpoint.layout, checkpoint.origin, parse_dtype(dtype))
+        files.once = True
         job = Job(plan, files, pool, parse_size(max_shard_size), progress)
         options = {"format": format, "dtype": dtype, "max_shard_size": job.max_shard_size}
         work = job.write_native if format == "dsparse" else job.write_huggingface
@@ -162,6 +163,7 @@ class Job:
 
     def write_native(self, folder: Path) -> None:
         """Layer by layer; a layer's item is renamed into place by Orbax when it is complete."""
+        arrays: dict[str, np.ndarray] = {}
         with self.bar:
             for layer, parameters in self.layers.items():
                 size = sum(math.prod(p.layer_shape) * p.dtype.itemsize for p in parameters.values())
@@ -169,17 +171,22 @@ class Job:
                     self.resumed += size
                     self.bar.update(size)
                     continue
-                native.write_layer(folder, layer, self._read_layer(layer))
+                arrays = self._read_layer(layer, arrays)
+                native.write_layer(folder, layer, arrays)
                 self.written += size
         saving.write_side_files(folder, self._config(), self.plan.origin)
         native.write_manifest(folder, self.plan.origin)
 
-    def _read_layer(self, layer: int) -> dict[str, np.ndarray]:
+    def _read_layer(self, layer: int, spare: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """A layer's parameters, in the memory of the layer before (`spare`) where shapes are equal."""
         arrays, reads = {}, []
         for path, parameter in self.layers[layer].items():
-            arrays[path] = aligned_empty(parameter.layer_shape, parameter.dtype)
+            old = spare.pop(path, None)
+            fits = old is not None and (old.shape, old.dtype) == (parameter.layer_shape, parameter.dtype)
+            arrays[path] = old if fits else aligned_empty(parameter.layer_shape, parameter.dtype)
             box = tuple(slice(0, n) for n in parameter.layer_shape)
             reads += self.reader.layer_reads(layer, path, box, arrays[path])
+        spare.clear()
         self.reader.run(reads)
         return arrays
 

@@ -7,7 +7,7 @@ import logging
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -25,7 +25,8 @@ from dsparse.sharding import named_sharding
 logger = logging.getLogger("dsparse.checkpoints")
 
 STAGING_BYTES = 256 << 20  # host memory for what is on its way to an accelerator
-HUGE_PAGE_BYTES = 4 << 20  # arrays from this size on ask for huge pages: page faults would cost as much as reading
+MAP_BYTES = 1 << 20  # arrays from this size on are mapped on their own, so that freeing them gives the memory back
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 THREADS = min(8, 2 * (os.cpu_count() or 1))
 
 Box = tuple[slice, ...]  # a slice with a start and a stop for each dimension
@@ -177,14 +178,9 @@ def split_box(box: Box, elements: int) -> Iterator[Box]:
             yield part
 
 
-def aligned_empty(shape, dtype: np.dtype) -> np.ndarray:
+def aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     """An uninitialised array that JAX on a CPU takes over without a copy (64-byte aligned)."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    if size >= HUGE_PAGE_BYTES:
-        memory = mmap.mmap(-1, size)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        return np.frombuffer(memory, dtype).reshape(shape)
-    memory = np.empty(size + 64, np.uint8)
+    memory = np.empty(size + 64, np.uint8) if size < MAP_BYTES else np.frombuffer(mmap.mmap(-1, size, **_PRIVATE), np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + size].view(dtype).reshape(shape)

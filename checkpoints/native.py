@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from dsparse.checkpoints.mapping import TOP, Layout, Prefix, Slot
 from dsparse.checkpoints.saving import Export, write_shard
-from dsparse.checkpoints.tensorfiles import DTYPES, TensorFiles, TensorInfo, read_header
+from dsparse.checkpoints.tensorfiles import DTYPES, TensorFiles, TensorInfo, forget, read_header
 
 from dsparse.errors import DsparseError
 from dsparse.origin import Origin
@@ -57,6 +57,10 @@ def write_layer(folder: Path, layer: int, arrays: Mapping[str, np.ndarray]) -> N
             checkpointer.save(path.absolute(), ocp.args.PyTreeSave(tree))
     except (OSError, ValueError, RuntimeError) as error:
         raise DsparseError(f"{path}: not written ({str(error).splitlines()[0]})") from error
+    for file in path.rglob("*"):  # already on the disk, and the cache is better used otherwise
+        if file.is_file():
+            with file.open("rb") as stream:
+                forget(stream.fileno())
 
 
 def write_manifest(folder: Path, origin: Origin) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from dsparse.model import Model
 from dsparse.origin import Origin
 from dsparse.params import FLOAT8
 
-WRITE_BYTES = 64 << 20  # bytes handed to the system at once
+WRITE_BYTES = 8 << 20  # bytes handed to the system at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,21 +111,60 @@ def write_shard(file: Path, exports: Sequence[Export], value: Callable[[Export],
     text = json.dumps({"__metadata__": {"format": "pt"}} | header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     partial = file.with_name(file.name + ".tmp")
-    with partial.open("wb", buffering=0) as stream:
-        _write_all(stream, len(text).to_bytes(8, "little") + text)
+    with DirectWriter(partial) as writer:
+        writer.write(len(text).to_bytes(8, "little") + text)
         for export in exports:
             array = np.ascontiguousarray(value(export))
             assert array.nbytes == export.nbytes and array.dtype == export.dtype, export.name
-            _write_all(stream, memoryview(array.reshape(-1).view(np.uint8)))
+            writer.write(memoryview(array.reshape(-1).view(np.uint8)))
             progress(export.nbytes)
-        os.fsync(stream.fileno())
     partial.rename(file)
 
 
-def _write_all(stream, data) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[stream.write(view[:WRITE_BYTES]) :]
+class DirectWriter:
+    """Writes a file past the system's cache where the file system can (O_DIRECT), and is on the disk when closed.
+
+    Copying gigabytes into a cache that nobody will read costs more than writing them.
+    """
+
+    def __init__(self, path: Path):
+        flags = os.O_CREAT | os.O_WRONLY | os.O_TRUNC
+        try:
+            self.descriptor = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o644)
+        except OSError:  # not on this file system
+            self.descriptor = os.open(path, flags, 0o644)
+        self.buffer = memoryview(mmap.mmap(-1, WRITE_BYTES))  # O_DIRECT wants whole pages, in memory and in the file
+        self.filled = self.size = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        data = memoryview(data)
+        while data:
+            count = min(len(data), WRITE_BYTES - self.filled)
+            self.buffer[self.filled : self.filled + count] = data[:count]
+            self.filled += count
+            self.size += count
+            data = data[count:]
+            if self.filled == WRITE_BYTES:
+                self._flush()
+
+    def _flush(self) -> None:
+        end = -(-self.filled // mmap.PAGESIZE) * mmap.PAGESIZE
+        rest = self.buffer[:end]
+        while rest:
+            rest = rest[os.write(self.descriptor, rest) :]
+        self.filled = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        try:
+            if kind is None:
+                self._flush()
+                os.ftruncate(self.descriptor, self.size)
+                os.fsync(self.descriptor)
+        finally:
+            os.close(self.descriptor)
 
 
 def export_config(config: ModelConfig, parameters: Sequence[Parameter]) -> dict[str, Any]:

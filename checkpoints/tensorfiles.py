@@ -76,10 +76,12 @@ class TensorFiles:
     """The tensors of a set of safetensors files.
 
     bytes_read: what was asked for so far, over all threads. nonfinite: names of tensors read with NaN or infinity.
+    once: set it when everything is read once, as in a conversion: what has been read then leaves the system's cache.
     """
 
     def __init__(self, tensors: Mapping[str, TensorInfo]):
         self.tensors = dict(tensors)
+        self.once = False
         self.bytes_read = 0
         self.nonfinite: set[str] = set()
         self._lock = threading.Lock()
@@ -131,6 +133,8 @@ class TensorFiles:
                 filled += count
             size = info.dtype.itemsize
             bad = bad or has_nonfinite(flat[begin // size : end // size])
+        if self.once:
+            forget(descriptor, offset, len(buffer))
         return bad
 
     def _read_strided(self, info: TensorInfo, index: tuple[slice, ...], out: np.ndarray) -> bool:
@@ -147,6 +151,12 @@ class TensorFiles:
             if file not in self._files:
                 self._files[file] = os.open(file, os.O_RDONLY)
             return self._files[file]
+
+
+def forget(descriptor: int, offset: int = 0, length: int = 0) -> None:
+    """Let the system drop a file's pages (length 0: to its end) from its cache, where it knows how."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
