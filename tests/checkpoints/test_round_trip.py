@@ -3,13 +3,11 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from published import make, raw_tensors
 
 import dsparse
-
-from published import make, raw_tensors, tensors, write
 
 CASES = {
     "bfloat16": {},
