@@ -23,11 +23,11 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from flax import nnx
-
 from dsparse.checkpoints.mapping import layout_of
 from dsparse.checkpoints.plan import model_parameters
 from dsparse.checkpoints.saving import exports_of, shard, shard_names, write_index, write_shard
+from flax import nnx
+
 from dsparse.config import ModelConfig
 from dsparse.model import Model
 from dsparse.origin import Origin
@@ -134,7 +134,8 @@ def compare(name: str, action: str, source: Path, destination: Path | None, runs
         seconds, size = read_sequentially(source)
         reads.append(seconds)
         results.append(measure(action, source, destination))
-        print(f"{name}: read {reads[-1]:.1f} s, {results[-1]['seconds']:.1f} s, peak {results[-1]['peak'] / 2**30:.2f} GiB", flush=True)
+        last = results[-1]
+        print(f"{name}: read {seconds:.1f} s, {last['seconds']:.1f} s, peak {last['peak'] / 2**30:.2f} GiB", flush=True)
     return {
         "name": name, "gigabytes": size / 1e9, "read": statistics.median(reads),
         "seconds": statistics.median(r["seconds"] for r in results),
@@ -178,7 +179,8 @@ def main() -> None:
         wanted = [row for row in plan if not args.only or any(word in row[0] for word in args.only)]
         rows = [compare(*row, args.runs) for row in wanted]
     machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}"
-    text = f"{table(rows)}\n\n{datetime.date.today()}, {machine}. Medians of {args.runs}; the cache is dropped before each.\n"
+    text = f"{table(rows)}\n\n{datetime.date.today()}, {machine}, load average {os.getloadavg()[2]:.1f} besides. "
+    text += f"Medians of {args.runs}; the cache is dropped before each.\n"
     print("\n" + text)
     if not args.only:
         RESULTS.parent.mkdir(exist_ok=True)

@@ -36,7 +36,10 @@ AHEAD_BYTES = 64 << 20  # tensors read ahead of the one being written
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a conversion did. Sizes in bytes; peak_memory is that of the whole process so far."""
+    """What a conversion did. Sizes in bytes; peak_memory is that of the whole process so far.
+
+    nonfinite: tensors with NaN or infinite values; like the notes, they have been logged.
+    """
 
     source: str
     destination: str
@@ -53,14 +56,10 @@ class Report:
     def __str__(self) -> str:
         speed = self.bytes_written / max(self.seconds, 1e-9)
         size = f"{self.bytes_written / 1e9:.2f} GB in {self.seconds:.1f} s ({speed / 1e9:.2f} GB/s)"
-        lines = [
-            f"{self.destination}: {self.format}, {self.tensors} tensors, {size}, peak memory {self.peak_memory / 2**30:.2f} GiB"
-        ]
+        peak = f"peak memory {self.peak_memory / 2**30:.2f} GiB"
+        lines = [f"{self.destination}: {self.format}, {self.tensors} tensors, {size}, {peak}"]
         if self.resumed_from:
             lines.append(f"went on from an interrupted conversion with {self.resumed_from / 1e9:.2f} GB done")
-        lines += [f"note: {note}" for note in self.notes]
-        if self.nonfinite:
-            lines.append(f"warning: {saving.shorten(self.nonfinite, 'tensor')} with NaN or infinite values")
         return "\n".join(lines)
 
 
@@ -81,7 +80,7 @@ def convert(
     force: overwrite the destination.
 
     Raises:
-        DsparseError: bad input, an existing destination or a full disk; or an interruption, which it says how to go on from.
+        DsparseError: bad input, an existing destination or a full disk; or an interruption, and how to go on from it.
     """
     started, source, destination = time.monotonic(), Path(source), Path(destination)
     checkpoint = open_checkpoint(source, allow_pickle)
@@ -103,7 +102,8 @@ def convert(
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Report(
         str(source), str(destination), format, len(files.tensors), files.bytes_read, job.written,
-        time.monotonic() - started, peak, job.resumed, tuple(sorted(files.nonfinite, key=saving.natural)), tuple(plan.notes),
+        time.monotonic() - started, peak, job.resumed, 
+        tuple(sorted(files.nonfinite, key=saving.natural)), tuple(plan.notes),
     )  # fmt: skip
 
 
@@ -113,36 +113,47 @@ def _partial(
 ) -> Iterator[Path]:
     """The folder to build in, with what an interrupted run of the same conversion left; renamed at the end."""
     partial = partial_folder(destination)
-    journal = {"source": str(source.absolute()), "files": _fingerprint(checkpoint), **options}
-    if _read_journal(partial) != journal:
-        shutil.rmtree(partial, ignore_errors=True)
-    done = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.exists() else 0
-    saving.check_destination(destination, total - min(done, total), force)
+    journal = json.dumps({"source": str(source.absolute()), "files": _fingerprint(checkpoint), **options})
+    saving.check_target(destination, force)
     partial.mkdir(parents=True, exist_ok=True)
-    with (partial / JOURNAL).open("a+") as lock:
+    with (partial / JOURNAL).open("a+") as file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DsparseError(f"{destination}: another conversion is writing it") from None
-        lock.truncate(0)
-        lock.write(json.dumps(journal))
-        lock.flush()
-        again = f"the same command goes on from there, or delete {partial}"
+        file.seek(0)
+        if file.read() != journal:
+            _remove_parts(partial)
+            file.truncate(0)
+            file.write(journal)
+            file.flush()
+        done = sum(part.stat().st_size for part in partial.rglob("*") if part.is_file())
         try:
+            saving.check_space(destination, max(0, total - done))
             yield partial
         except KeyboardInterrupt:
-            raise DsparseError(f"{destination}: interrupted; finished parts are kept: {again}") from None
-        except OSError as error:
-            raise DsparseError(f"{destination}: not finished ({error.strerror or error}); {again}") from error
+            raise DsparseError(f"{destination}: interrupted; finished parts are kept: {_go_on(partial)}") from None
+        except (OSError, DsparseError) as error:
+            if not any(part.name != JOURNAL for part in partial.iterdir()):
+                shutil.rmtree(partial)
+                raise
+            reason = str(error) if isinstance(error, DsparseError) else f"{destination}: {error.strerror or error}"
+            raise DsparseError(f"{reason}; {_go_on(partial)}") from error
         (partial / JOURNAL).unlink()
     saving.replace_folder(partial, destination)
 
 
-def _read_journal(partial: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((partial / JOURNAL).read_text())
-    except (OSError, ValueError):
-        return None
+def _go_on(partial: Path) -> str:
+    return f"the same command goes on from there, or delete {partial}"
+
+
+def _remove_parts(partial: Path) -> None:
+    """What an earlier conversion, of another source or with other options, left."""
+    for part in partial.iterdir():
+        if part.is_dir():
+            shutil.rmtree(part)
+        elif part.name != JOURNAL:
+            part.unlink()
 
 
 def _fingerprint(checkpoint: Checkpoint) -> list[list[Any]]:
@@ -242,4 +253,6 @@ def read_ahead(
 def _progress_bar(total: int, enabled: bool):
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=None if enabled else True, mininterval=0.5)
+    return tqdm(
+        total=total, unit="B", unit_scale=True, desc="converting", disable=None if enabled else True, mininterval=0.5
+    )

@@ -40,7 +40,9 @@ class Read(NamedTuple):
     out: np.ndarray
 
 
-def load_model(files: TensorFiles, plan: Plan, mesh: Mesh | None, progress: Callable[[int], None] = lambda done: None) -> Model:
+def load_model(
+    files: TensorFiles, plan: Plan, mesh: Mesh | None, progress: Callable[[int], None] = lambda done: None
+) -> Model:
     """Read every parameter of the plan into device arrays; `progress` is told the bytes of each finished read."""
     flat = dict(nnx.to_flat_state(plan.state))
     on_host = (mesh.devices.flat[0] if mesh is not None else jax.devices()[0]).platform == "cpu"
@@ -72,7 +74,9 @@ def _sharding(parameter: Parameter, mesh: Mesh | None) -> Sharding:
 class Reader:
     """Runs reads in the order they lie in the files, on several threads."""
 
-    def __init__(self, files: TensorFiles, plan: Plan, pool: concurrent.futures.Executor, progress: Callable[[int], None]):
+    def __init__(
+        self, files: TensorFiles, plan: Plan, pool: concurrent.futures.Executor, progress: Callable[[int], None]
+    ):
         self.files, self.plan, self.pool, self.progress = files, plan, pool, progress
 
     def run(self, reads: list[Read]) -> None:
@@ -122,7 +126,10 @@ def _load_on_host(reader: Reader, plan: Plan, mesh: Mesh | None) -> dict[tuple, 
         first, *others = devices
         arrays.setdefault(parameter.key, []).append(jax.device_put(buffer, first, may_alias=True))
         arrays[parameter.key] += [jax.device_put(buffer, device, may_alias=False) for device in others]
-    return {p.key: jax.make_array_from_single_device_arrays(p.shape, _sharding(p, mesh), arrays[p.key]) for p in plan.parameters}
+    return {
+        p.key: jax.make_array_from_single_device_arrays(p.shape, _sharding(p, mesh), arrays[p.key])
+        for p in plan.parameters
+    }
 
 
 def _load_on_accelerator(reader: Reader, parameter: Parameter, sharding: Sharding) -> jax.Array:
@@ -144,7 +151,9 @@ def _fill_devices(reader: Reader, parameter: Parameter, box: Box, devices: list[
         if targets is None:
             return jax.block_until_ready(values)
         start = [np.int32(p.start - s.start) for p, s in zip(part, box, strict=True)]
-        targets = jax.block_until_ready([_write(target, value, *start) for target, value in zip(targets, values, strict=True)])
+        targets = jax.block_until_ready(
+            [_write(target, value, *start) for target, value in zip(targets, values, strict=True)]
+        )
     return targets
 
 
@@ -181,6 +190,8 @@ def split_box(box: Box, elements: int) -> Iterator[Box]:
 def aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     """An uninitialised array that JAX on a CPU takes over without a copy (64-byte aligned)."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(size + 64, np.uint8) if size < MAP_BYTES else np.frombuffer(mmap.mmap(-1, size, **_PRIVATE), np.uint8)
+    memory = (
+        np.empty(size + 64, np.uint8) if size < MAP_BYTES else np.frombuffer(mmap.mmap(-1, size, **_PRIVATE), np.uint8)
+    )
     start = -memory.ctypes.data % 64
     return memory[start : start + size].view(dtype).reshape(shape)

@@ -161,7 +161,7 @@ TRANSFORMERS = Layout(
         *_gated("mlp.experts", "{}."),
         Rule("mlp.experts.{}.down_proj.weight", "mlp.experts.down_proj"),
         Rule("mlp.experts.{}.down_proj.weight_scale_inv", "mlp.experts.down_proj_scale_inv"),
-        # transformers' names in memory, found on disk where a checkpoint was saved without going back to the published ones
+        # transformers' names in memory, on disk where a checkpoint was saved without going back to the published ones
         Rule("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj", merged=1),
     ),
     aside=(("rotary frequencies are computed", r"model\.(layers\.[0-9]+\.self_attn\.)?rotary_emb\.inv_freq"),),

@@ -32,7 +32,9 @@ WEIGHTS = "weights"
 ASIDE = "aside.safetensors"  # tensors that the model does not use
 LAYOUT = Layout(prefixes=(Prefix("layer_{}."),), top=(), layer=())  # parameters under their own paths
 
-_ZARR_DTYPES = {dtype.str: dtype for dtype in DTYPES.values() if dtype.kind != "V"} | {d.name: d for d in DTYPES.values()}
+_ZARR_DTYPES = {dtype.str: dtype for dtype in DTYPES.values() if dtype.kind != "V"} | {
+    d.name: d for d in DTYPES.values()
+}
 
 
 def is_native(folder: Path) -> bool:
@@ -72,6 +74,7 @@ def write_manifest(folder: Path, origin: Origin) -> None:
         "format": "dsparse",
         "version": VERSION,
         "names": [[name, *slot] for slot, name in origin.names.items()],
+        "dtypes": [[layer, path, dtype] for (layer, path), dtype in origin.dtypes.items()],
         "tied": [[name, *slot] for name, slot in origin.tied.items()],
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -84,14 +87,17 @@ def read_manifest(folder: Path) -> Origin:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         version = manifest["version"]
         names = {Slot(layer, path, tuple(index)): name for name, layer, path, index in manifest["names"]}
+        dtypes = {(layer, path): dtype for layer, path, dtype in manifest["dtypes"]}
         tied = {name: Slot(layer, path, tuple(index)) for name, layer, path, index in manifest["tied"]}
     except (ValueError, KeyError, TypeError) as error:
         raise DsparseError(f"{file}: not a dsparse manifest ({error!r})") from error
     if version != VERSION:
-        raise DsparseError(f"{file}: format version {version}, this dsparse reads version {VERSION}; convert the original again")
+        raise DsparseError(
+            f"{file}: format version {version}, this dsparse reads version {VERSION}; convert the original again"
+        )
     with TensorFiles({t.name: t for t in read_header(folder / ASIDE)} if (folder / ASIDE).is_file() else {}) as aside:
         kept = {name: aside.read(name) for name in aside.tensors}
-    return Origin(str(folder), names=names, tied=tied, kept=kept)
+    return Origin(str(folder), names=names, dtypes=dtypes, tied=tied, kept=kept)
 
 
 def list_native(folder: Path) -> dict[str, TensorInfo]:

@@ -27,6 +27,7 @@ from dsparse.params import FLOAT8
 
 logger = logging.getLogger("dsparse.checkpoints")
 
+_NARROW = {np.dtype(wide): np.dtype(wide.replace("64", "32")) for wide in ("float64", "int64", "uint64")}
 SCALE = "_scale_inv"  # what DeepSeek appends to the name of an FP8 weight for its block scales
 
 
@@ -79,7 +80,9 @@ def model_parameters(state: nnx.State, model_runs, config: ModelConfig) -> list[
     for key, variable in nnx.to_flat_state(state):
         layers, path, stacked = _locate(key, model_runs, config)
         axes = variable.get_metadata().get("axes") or (None,) * len(variable.shape)
-        found.append(Parameter(key, layers, path, tuple(variable.shape), np.dtype(variable.dtype), tuple(axes), stacked))
+        found.append(
+            Parameter(key, layers, path, tuple(variable.shape), np.dtype(variable.dtype), tuple(axes), stacked)
+        )
     return found
 
 
@@ -88,7 +91,11 @@ def _locate(key: tuple[Any, ...], runs, config: ModelConfig) -> tuple[tuple[int,
     match key:
         case ("stacks", stack, "blocks", position, *rest):
             run = runs[stack]
-            return tuple(run.start + position + r * run.pattern for r in range(run.repeats)), ".".join(map(str, rest)), True
+            return (
+                tuple(run.start + position + r * run.pattern for r in range(run.repeats)),
+                ".".join(map(str, rest)),
+                True,
+            )
         case ("mtp", number, "block", *rest):
             return (config.num_hidden_layers + number,), ".".join(map(str, rest)), False
         case ("mtp", number, "norm" | "head" as part, *rest):
@@ -100,7 +107,12 @@ def _locate(key: tuple[Any, ...], runs, config: ModelConfig) -> tuple[tuple[int,
 
 
 def make_plan(
-    files: TensorFiles, config: ModelConfig, layout: Layout, origin: Origin, dtype: jnp.dtype | None, mesh: Mesh | None = None
+    files: TensorFiles,
+    config: ModelConfig,
+    layout: Layout,
+    origin: Origin,
+    dtype: jnp.dtype | None,
+    mesh: Mesh | None = None,
 ) -> Plan:
     """Match tensors with parameters.
 
@@ -115,14 +127,12 @@ def make_plan(
     _tie_copies(files, config, layout, slots, origin, notes)
     sources, rules = _group(slots)
     scales, unscaled = ({}, []) if dtype is None else _take_scales(files, sources)
-    storage, mixed = _storage(files, config, sources, dtype)
-    build = lambda: Model(
-        config, rngs=nnx.Rngs(0), dtype=dtype or jnp.dtype(config.dtype), param_dtype=dtype, storage=storage, mesh=mesh
-    )  # fmt: skip
-    abstract = nnx.eval_shape(build)
+    storage, unkept = _storage(files, config, sources, dtype, origin)
+    options = {"dtype": dtype or jnp.dtype(config.dtype), "param_dtype": dtype, "storage": storage, "mesh": mesh}
+    abstract = nnx.eval_shape(lambda: Model(config, rngs=nnx.Rngs(0), **options))
     graphdef, state = nnx.split(abstract)
     parameters = model_parameters(state, abstract.runs, config)
-    errors = clashes + mixed + unscaled + _compare(files, layout, parameters, sources, rules, slots, origin)
+    errors = clashes + unkept + unscaled + _compare(files, layout, parameters, sources, rules, slots, origin)
     if errors:
         raise DsparseError(f"{origin.path}: the tensors do not match the config: " + "; ".join(errors))
     for note in notes:
@@ -148,14 +158,18 @@ def _read_names(files: TensorFiles, layout: Layout, origin: Origin) -> tuple[dic
 
 def _count_mtp_layers(config: ModelConfig, slots: Mapping[str, tuple[Slot, Rule]], notes: list[str]) -> ModelConfig:
     """The file decides how many multi-token prediction layers the model has; published configs may promise more."""
-    found = len({slot.layer for slot, _ in slots.values() if slot.layer >= config.num_hidden_layers})
+    layers, found = {slot.layer for slot, _ in slots.values()}, 0
+    while config.num_hidden_layers + found in layers:
+        found += 1
     stated = config.num_nextn_predict_layers
     if found == stated:
         return config
     if found == 0:
         notes.append(f"config promises {stated} multi-token prediction layer{'s' * (stated > 1)}, the files hold none")
     else:
-        notes.append(f"the files hold {found} layers past num_hidden_layers, config says {stated} for multi-token prediction")
+        notes.append(
+            f"the files hold {found} layers past num_hidden_layers, config says {stated} for multi-token prediction"
+        )
     return dataclasses.replace(config, num_nextn_predict_layers=found)
 
 
@@ -227,24 +241,32 @@ def _take_scales(files: TensorFiles, sources) -> tuple[dict[str, str], list[str]
     return scales, [shorten(sorted(unscaled, key=natural), "missing tensor")] if unscaled else []
 
 
-def _storage(files: TensorFiles, config: ModelConfig, sources, dtype) -> tuple[list[dict[str, jnp.dtype]], list[str]]:
-    """Stored dtypes for `Model`, and complaints about parameters whose tensors are stored in different ones."""
+def _storage(
+    files: TensorFiles, config: ModelConfig, sources, dtype: jnp.dtype | None, origin: Origin
+) -> tuple[list[dict[str, jnp.dtype]], list[str]]:
+    """Stored dtypes for `Model`, and complaints about parameters that cannot be kept as stored."""
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
     storage: list[dict[str, jnp.dtype]] = [{} for _ in range(layers + 1)]
-    mixed = []
+    complaints = []
     for (layer, path), tensors in sources.items():
         if layer >= layers:
             continue  # reported as unexpected
-        if dtype is not None:
-            if layer >= config.num_hidden_layers and path.startswith(("embed_tokens.", "shared_head.head.")):
-                storage[layer][path] = dtype  # the layer has an embedding or head of its own
-            continue
-        stored = {files.tensors[name].dtype for name in tensors.values()}
-        if len(stored) > 1:
+        stored = sorted({files.tensors[name].dtype for name in tensors.values()}, key=str)
+        held = jnp.dtype(_NARROW.get(stored[0], stored[0]))  # JAX has 32 bits unless asked for more
+        if jnp.issubdtype(stored[0], jnp.integer):
+            if held != stored[0]:
+                origin.dtypes[layer, path] = stored[0].name
+        elif dtype is not None:
+            if layer < config.num_hidden_layers or not path.startswith(("embed_tokens.", "shared_head.head.")):
+                continue  # the model's dtype decides
+            held = jnp.dtype(dtype)  # the layer has an embedding or head of its own
+        elif held != stored[0]:
+            complaints.append(f"{next(iter(tensors.values()))} is {stored[0]}, more than JAX keeps: load with a dtype")
+        elif len(stored) > 1:
             names = ", ".join(f"{files.tensors[n].dtype} {n}" for n in sorted(tensors.values(), key=natural)[:2])
-            mixed.append(f"one parameter is stored in different dtypes ({names}): load with a dtype")
-        storage[layer][path] = jnp.dtype(stored.pop())
-    return storage, mixed
+            complaints.append(f"one parameter is stored in different dtypes ({names}): load with a dtype")
+        storage[layer][path] = held
+    return storage, complaints
 
 
 def _compare(files, layout, parameters, sources, rules, slots, origin) -> list[str]:
@@ -270,11 +292,14 @@ def _compare(files, layout, parameters, sources, rules, slots, origin) -> list[s
     return _report(sorted(missing, key=natural), unexpected, misshapen)
 
 
-def _expected(layout: Layout, sources, rules, layer: int, parameter: Parameter) -> Iterator[tuple[str, Slot, tuple[int, ...]]]:
+def _expected(
+    layout: Layout, sources, rules, layer: int, parameter: Parameter
+) -> Iterator[tuple[str, Slot, tuple[int, ...]]]:
     """Names, slots and shapes a parameter's tensors should have, in the spelling found in the files."""
     found = sources.get((layer, parameter.path), {})
     if () in found and layout.rule(layer, parameter.path).choices:  # the whole parameter in one tensor
-        yield found[()], Slot(layer, parameter.path), rules[layer, parameter.path].tensor_shape(parameter.layer_shape)
+        shape = rules[layer, parameter.path].tensor_shape(parameter.layer_shape)
+        yield layout.rule(layer, parameter.path).name, Slot(layer, parameter.path), shape
     else:
         yield from layout.tensors(layer, parameter.path, parameter.layer_shape)
 
@@ -284,7 +309,11 @@ def _report(missing: list[str], unexpected: list[str], misshapen: list[str]) -> 
     if missing:
         errors.append(shorten(missing, "missing tensor"))
     if unexpected:
-        errors.append(shorten([_suggest(name, missing) if i < 3 else name for i, name in enumerate(unexpected)], "unexpected tensor"))
+        errors.append(
+            shorten(
+                [_suggest(name, missing) if i < 3 else name for i, name in enumerate(unexpected)], "unexpected tensor"
+            )
+        )
     if misshapen:
         errors.append(shorten(misshapen, "wrong shape"))
     return errors

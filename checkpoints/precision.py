@@ -26,7 +26,7 @@ def read_as(files: TensorFiles, name: str, scale_name: str | None, index: tuple[
     matrix = max(0, len(index) - 2)  # leading axes are cast one index at a time, rows a few MiB at a time
     for lead in itertools.product(*(range(s.start, s.stop) for s in index[:matrix])):
         at = tuple(slice(i, i + 1) for i in lead)
-        target = out[tuple(i - s.start for i, s in zip(lead, index[:matrix], strict=True)) + (...,)]
+        target = out[(*(i - s.start for i, s in zip(lead, index[:matrix], strict=True)), ...)]
         for begin, end in _row_blocks(index[matrix:], info.dtype.itemsize):
             rows = index[matrix:] if begin is None else (slice(begin, end), *index[matrix + 1 :])
             part = target if begin is None else target[begin - index[matrix].start : end - index[matrix].start]
@@ -49,7 +49,9 @@ def _row_blocks(index: tuple[slice, ...], itemsize: int):
 
 def cast_into(source: np.ndarray, out: np.ndarray) -> None:
     """out[...] = source in out's dtype."""
-    if source.dtype == _BF16 and out.dtype == _F32:  # bf16 is float32's upper half: much faster than an element-wise cast
+    if (
+        source.dtype == _BF16 and out.dtype == _F32
+    ):  # bf16 is float32's upper half: much faster than an element-wise cast
         np.left_shift(source.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
     else:
         np.copyto(out, source.astype(out.dtype))

@@ -1,16 +1,18 @@
-"""Writing Hugging Face checkpoints: safetensors shards, an index, config.json and the files found beside the original."""
+"""Writing checkpoints: safetensors shards, an index, config.json and the files found beside the original."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,15 +45,17 @@ class Export:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-def exports_of_parameter(layout: Layout, origin: Origin, layer: int, path: str, shape: tuple[int, ...], dtype) -> Iterator[Export]:
+def exports_of_parameter(
+    layout: Layout, origin: Origin, layer: int, path: str, shape: tuple[int, ...], dtype
+) -> Iterator[Export]:
     """The tensors that hold one layer's parameter, under the names they came with."""
-    whole = Slot(layer, path)
+    whole, dtype = Slot(layer, path), np.dtype(origin.dtypes.get((layer, path), dtype))
     if layout.rule(layer, path).choices and whole in origin.names:
         name = origin.names[whole]
-        yield Export(name, np.dtype(dtype), layout.parse(name)[1].tensor_shape(shape), whole)
+        yield Export(name, dtype, layout.parse(name)[1].tensor_shape(shape), whole)
         return
     for name, slot, tensor_shape in layout.tensors(layer, path, shape):
-        yield Export(origin.names.get(slot, name), np.dtype(dtype), tensor_shape, slot)
+        yield Export(origin.names.get(slot, name), dtype, tensor_shape, slot)
 
 
 def exports_of(layout: Layout, origin: Origin, parameters: Sequence[Parameter]) -> list[Export]:
@@ -60,10 +64,14 @@ def exports_of(layout: Layout, origin: Origin, parameters: Sequence[Parameter]) 
         export
         for parameter in parameters
         for layer in parameter.layers
-        for export in exports_of_parameter(layout, origin, layer, parameter.path, parameter.layer_shape, parameter.dtype)
+        for export in exports_of_parameter(
+            layout, origin, layer, parameter.path, parameter.layer_shape, parameter.dtype
+        )
     ]
     by_slot = {export.slot: export for export in exports}
-    exports += [dataclasses.replace(by_slot[Slot(*slot)], name=name) for name, slot in origin.tied.items() if slot in by_slot]
+    exports += [
+        dataclasses.replace(by_slot[Slot(*slot)], name=name) for name, slot in origin.tied.items() if slot in by_slot
+    ]
     exports += [Export(name, value.dtype, value.shape, None) for name, value in origin.kept.items()]
     return sorted(exports, key=lambda e: (_layer_of(layout, e), natural(e.name)))
 
@@ -101,12 +109,18 @@ def write_index(folder: Path, shards: Sequence[Sequence[Export]]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_shard(file: Path, exports: Sequence[Export], value: Callable[[Export], np.ndarray], progress=lambda done: None) -> None:
+def write_shard(
+    file: Path, exports: Sequence[Export], value: Callable[[Export], np.ndarray], progress=lambda done: None
+) -> None:
     """One safetensors file, written under a temporary name until it is complete."""
     header, offset = {}, 0
     for export in exports:
         end = offset + export.nbytes
-        header[export.name] = {"dtype": DTYPE_NAMES[export.dtype], "shape": list(export.shape), "data_offsets": [offset, end]}
+        header[export.name] = {
+            "dtype": DTYPE_NAMES[export.dtype],
+            "shape": list(export.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps({"__metadata__": {"format": "pt"}} | header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -114,8 +128,8 @@ def write_shard(file: Path, exports: Sequence[Export], value: Callable[[Export],
     with DirectWriter(partial) as writer:
         writer.write(len(text).to_bytes(8, "little") + text)
         for export in exports:
-            array = np.ascontiguousarray(value(export))
-            assert array.nbytes == export.nbytes and array.dtype == export.dtype, export.name
+            array = np.ascontiguousarray(value(export), export.dtype)
+            assert array.nbytes == export.nbytes, export.name
             writer.write(memoryview(array.reshape(-1).view(np.uint8)))
             progress(export.nbytes)
     partial.rename(file)
@@ -151,10 +165,16 @@ class DirectWriter:
         end = -(-self.filled // mmap.PAGESIZE) * mmap.PAGESIZE
         rest = self.buffer[:end]
         while rest:
-            rest = rest[os.write(self.descriptor, rest) :]
+            try:
+                rest = rest[os.write(self.descriptor, rest) :]
+            except OSError as error:  # the file system refuses, or the disk ends within a page: go the usual way
+                flags = fcntl.fcntl(self.descriptor, fcntl.F_GETFL)
+                if error.errno != errno.EINVAL or not flags & getattr(os, "O_DIRECT", 0):
+                    raise
+                fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
         self.filled = 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> DirectWriter:
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
@@ -195,7 +215,8 @@ def new_folder(destination: Path, needed: int, force: bool) -> Iterator[Path]:
     Raises:
         DsparseError: the destination exists (unless `force`), or the disk lacks `needed` bytes.
     """
-    check_destination(destination, needed, force)
+    check_target(destination, force)
+    check_space(destination, needed)
     temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -208,12 +229,17 @@ def new_folder(destination: Path, needed: int, force: bool) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_destination(destination: Path, needed: int, force: bool) -> None:
+def check_target(destination: Path, force: bool) -> None:
     if destination.exists() and not force and (not destination.is_dir() or any(destination.iterdir())):
         raise DsparseError(f"{destination}: exists already; choose another folder or overwrite it (force)")
+
+
+def check_space(destination: Path, needed: int) -> None:
     parent = next(folder for folder in destination.absolute().parents if folder.exists())
     if (free := shutil.disk_usage(parent).free) < needed:
-        raise DsparseError(f"{destination}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free on that disk")
+        raise DsparseError(
+            f"{destination}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free on that disk"
+        )
 
 
 def replace_folder(temporary: Path, destination: Path) -> None:
@@ -273,7 +299,9 @@ class LayerReader:
     def __init__(self, state: nnx.State, parameters: Sequence[Parameter], origin: Origin):
         flat = dict(nnx.to_flat_state(state))
         self.where = {
-            (layer, p.path): (flat[p.key], row if p.stacked else None) for p in parameters for row, layer in enumerate(p.layers)
+            (layer, p.path): (flat[p.key], row if p.stacked else None)
+            for p in parameters
+            for row, layer in enumerate(p.layers)
         }
         self.origin = origin
         self.layer = TOP

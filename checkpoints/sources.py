@@ -60,7 +60,9 @@ def _open_huggingface(folder: Path, allow_pickle: bool) -> TensorFiles:
     if any(folder.glob("*.safetensors*")) or not has_pickles:
         return TensorFiles(list_safetensors(folder))
     if not allow_pickle:
-        raise DsparseError(f"{folder}: only .bin files, which are Python pickles; allow them (allow_pickle) if you trust their source")
+        raise DsparseError(
+            f"{folder}: only .bin files, which are Python pickles; allow them (allow_pickle) if you trust their source"
+        )
     from dsparse.checkpoints.torch_bin import open_pickles
 
     return open_pickles(folder)

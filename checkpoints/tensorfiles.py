@@ -92,7 +92,7 @@ class TensorFiles:
             os.close(descriptor)
         self._files.clear()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> TensorFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -129,7 +129,9 @@ class TensorFiles:
             while filled < end:
                 count = os.preadv(descriptor, [buffer[filled:end]], offset + filled)
                 if count <= 0:
-                    raise DsparseError(f"{info.file}: ends inside tensor {info.name}; the file is truncated, copy it again")
+                    raise DsparseError(
+                        f"{info.file}: ends inside tensor {info.name}; the file is truncated, copy it again"
+                    )
                 filled += count
             size = info.dtype.itemsize
             bad = bad or has_nonfinite(flat[begin // size : end // size])
@@ -140,7 +142,9 @@ class TensorFiles:
     def _read_strided(self, info: TensorInfo, index: tuple[slice, ...], out: np.ndarray) -> bool:
         """Through a memory map of just this tensor, closed at once so that its pages do not stay with the process."""
         begin = info.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-        with mmap.mmap(self._descriptor(info.file), info.offset + info.nbytes - begin, prot=mmap.PROT_READ, offset=begin) as view:
+        with mmap.mmap(
+            self._descriptor(info.file), info.offset + info.nbytes - begin, prot=mmap.PROT_READ, offset=begin
+        ) as view:
             source = np.frombuffer(view, info.dtype, math.prod(info.shape), info.offset - begin).reshape(info.shape)
             np.copyto(out, source[index])
             del source
@@ -220,16 +224,20 @@ def read_header(file: Path) -> Iterator[TensorInfo]:
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-        entries = [(name, DTYPES.get(e["dtype"], e["dtype"]), tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()]
+        entries = [
+            (name, DTYPES.get(e["dtype"], e["dtype"]), tuple(e["shape"]), *e["data_offsets"])
+            for name, e in header.items()
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DsparseError(f"{file}: not a safetensors file (unreadable header)") from error
     infos = []
     for name, dtype, shape, begin, end in entries:
         if not isinstance(dtype, np.dtype):
             raise DsparseError(f"{file}: tensor {name} has dtype {dtype}, which is not supported")
-        infos.append(TensorInfo(name, dtype, shape, file, 8 + length + begin))
-        if infos[-1].nbytes != end - begin:
-            raise DsparseError(f"{file}: tensor {name} of shape {list(shape)} takes {infos[-1].nbytes} bytes, header says {end - begin}")
+        infos.append(info := TensorInfo(name, dtype, shape, file, 8 + length + begin))
+        if info.nbytes != end - begin:
+            stated = f"its header says {end - begin}"
+            raise DsparseError(f"{file}: tensor {name} of shape {list(shape)} takes {info.nbytes} bytes, {stated}")
     needed = max((info.offset + info.nbytes for info in infos), default=8 + length)
     if needed > size:
         raise DsparseError(f"{file}: truncated, {size} bytes of {needed}; copy it again")

@@ -23,7 +23,11 @@ class PickledTensors(TensorFiles):
         import torch
 
         info = self.tensors[name]
-        source = self._values[name].contiguous().view(torch.uint8) if info.shape else self._values[name].reshape(1).view(torch.uint8)
+        source = (
+            self._values[name].contiguous().view(torch.uint8)
+            if info.shape
+            else self._values[name].reshape(1).view(torch.uint8)
+        )
         np.copyto(out, source.numpy().reshape(-1).view(info.dtype).reshape(info.shape)[index])
         with self._lock:
             self.bytes_read += out.nbytes
@@ -40,15 +44,25 @@ def open_pickles(folder: Path) -> PickledTensors:
     try:
         import torch
     except ImportError as error:
-        raise DsparseError(f"{folder}: reading .bin files needs torch, which is not installed (pip install torch)") from error
+        raise DsparseError(
+            f"{folder}: reading .bin files needs torch, which is not installed (pip install torch)"
+        ) from error
     index = folder / "pytorch_model.bin.index.json"
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["pytorch_model.bin"]
+    names = (
+        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["pytorch_model.bin"]
+    )
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise DsparseError(f"{folder}: {shorten(missing, 'missing file')}")
     values: dict[str, Any] = {}
     tensors: dict[str, TensorInfo] = {}
     dtypes = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
-    dtypes |= {torch.float8_e4m3fn: "F8_E4M3", torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8"}
+    dtypes |= {
+        torch.float8_e4m3fn: "F8_E4M3",
+        torch.int64: "I64",
+        torch.int32: "I32",
+        torch.uint8: "U8",
+        torch.int8: "I8",
+    }
     for name in names:
         try:
             loaded = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)

@@ -14,6 +14,7 @@ class Origin:
     """Provenance of a loaded model. It takes no part in comparisons, so that it never causes a recompilation.
 
     path: the checkpoint's. files: small files beside the weights (tokenizer, generation config), by name.
+    dtypes: stored dtypes of parameters that JAX holds in fewer bits, by layer and path.
     names: slots whose tensor had another name than the usual one. tied: names of copies of other tensors, and the
     slots they are copies of. kept: tensors kept aside, written back as they are.
     """
@@ -21,5 +22,6 @@ class Origin:
     path: str = dataclasses.field(default="", compare=False)
     files: dict[str, bytes] = dataclasses.field(default_factory=dict, compare=False, repr=False)
     names: dict[tuple, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    dtypes: dict[tuple[int, str], str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
     tied: dict[str, tuple] = dataclasses.field(default_factory=dict, compare=False, repr=False)
     kept: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, compare=False, repr=False)

@@ -22,7 +22,9 @@ def parse_dtype(dtype) -> jnp.dtype | None:
         return None
     name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     if name not in DTYPES:
-        raise DsparseError(f"dtype {name!r} is not supported (known: {', '.join(DTYPES)}; leave it out to keep weights as stored)")
+        raise DsparseError(
+            f"dtype {name!r} is not supported (known: {', '.join(DTYPES)}; leave it out to keep weights as stored)"
+        )
     return jnp.dtype(DTYPES[name])
 
 
@@ -68,7 +70,12 @@ def from_pretrained(
 
 
 def save_pretrained(
-    model: Model, path: str | Path, format: str = "huggingface", *, max_shard_size: int | str = "5GB", force: bool = False
+    model: Model,
+    path: str | Path,
+    format: str = "huggingface",
+    *,
+    max_shard_size: int | str = "5GB",
+    force: bool = False,
 ) -> None:
     """Write a model: "huggingface" is what transformers' AutoModelForCausalLM loads, "dsparse" an Orbax checkpoint.
 

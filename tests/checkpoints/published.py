@@ -45,9 +45,17 @@ def linear_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, int]]
 def tensors(config: ModelConfig, dtype=torch.bfloat16, fp8: bool = False, mtp: int = 0, tied_mtp: bool = True):
     """Random tensors of a whole checkpoint."""
     generator, c = torch.Generator().manual_seed(0), config
-    rand = lambda *shape: torch.randn(*shape, generator=generator) * 0.05
-    norm = lambda size: (1 + rand(size)).to(dtype)
-    out = {"model.embed_tokens.weight": rand(c.vocab_size, c.hidden_size).to(dtype), "model.norm.weight": norm(c.hidden_size)}
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=generator) * 0.05
+
+    def norm(size):
+        return (1 + rand(size)).to(dtype)
+
+    out = {
+        "model.embed_tokens.weight": rand(c.vocab_size, c.hidden_size).to(dtype),
+        "model.norm.weight": norm(c.hidden_size),
+    }
     if not c.tie_word_embeddings:
         out["lm_head.weight"] = rand(c.vocab_size, c.hidden_size).to(dtype)
     for layer in range(c.num_hidden_layers + mtp):
@@ -63,6 +71,10 @@ def tensors(config: ModelConfig, dtype=torch.bfloat16, fp8: bool = False, mtp: i
             if c.topk_method == "noaux_tc":
                 out[f"{prefix}mlp.gate.e_score_correction_bias"] = rand(c.n_routed_experts)
         for name, shape in shapes.items():
+            if name.startswith("self_attn") and "_b_" not in name and c.attention_bias and name != "self_attn.q_proj":
+                out[f"{prefix}{name}.bias"] = rand(shape[0]).to(dtype)
+            if name.startswith("mlp") and "mlp.experts." not in name and c.mlp_bias:
+                out[f"{prefix}{name}.bias"] = rand(shape[0]).to(dtype)
             if fp8:
                 blocks = tuple(-(-n // 128) for n in shape)
                 out[f"{prefix}{name}.weight"] = (rand(*shape) * 1000).to(torch.float8_e4m3fn)
@@ -74,7 +86,7 @@ def tensors(config: ModelConfig, dtype=torch.bfloat16, fp8: bool = False, mtp: i
             out |= {f"{prefix}shared_head.norm.weight": norm(c.hidden_size)}
             out[f"{prefix}eh_proj.weight"] = rand(c.hidden_size, 2 * c.hidden_size).to(dtype)
             for copy, main in (("embed_tokens", "model.embed_tokens"), ("shared_head.head", "lm_head")):
-                value = out[f"{main}.weight"]
+                value = out.get(f"{main}.weight", out["model.embed_tokens.weight"])
                 out[f"{prefix}{copy}.weight"] = value.clone() if tied_mtp else rand(*value.shape).to(dtype)
     return out
 
@@ -96,7 +108,16 @@ def write(folder: Path, config: dict, state: dict[str, torch.Tensor], shards: in
     return folder
 
 
-def make(folder: Path, family="deepseek_v3", shards: int = 1, dtype=torch.bfloat16, fp8=False, mtp=0, tied_mtp=True, **overrides) -> Path:
+def make(
+    folder: Path,
+    family="deepseek_v3",
+    shards: int = 1,
+    dtype=torch.bfloat16,
+    fp8=False,
+    mtp=0,
+    tied_mtp=True,
+    **overrides,
+) -> Path:
     """A whole checkpoint."""
     config = config_dict(family, dtype=str(dtype).removeprefix("torch."), num_nextn_predict_layers=mtp, **overrides)
     if fp8:
