@@ -23,11 +23,11 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from flax import nnx
+
 from dsparse.checkpoints.mapping import layout_of
 from dsparse.checkpoints.plan import model_parameters
 from dsparse.checkpoints.saving import exports_of, shard, shard_names, write_index, write_shard
-from flax import nnx
-
 from dsparse.config import ModelConfig
 from dsparse.model import Model
 from dsparse.origin import Origin

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from dsparse.checkpoints import native, saving
 from dsparse.checkpoints.loading import THREADS, Reader, aligned_empty, warn_nonfinite
 from dsparse.checkpoints.mapping import layout_of
 from dsparse.checkpoints.plan import Plan, make_plan
 from dsparse.checkpoints.sources import JOURNAL, Checkpoint, open_checkpoint, partial_folder
-
 from dsparse.errors import DsparseError
 from dsparse.pretrained import FORMATS, parse_dtype, parse_size
 

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from dsparse.checkpoints.plan import Parameter, Plan
-from dsparse.checkpoints.precision import read_as
-from dsparse.checkpoints.tensorfiles import TensorFiles, natural, shorten
 from flax import nnx
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
+from dsparse.checkpoints.plan import Parameter, Plan
+from dsparse.checkpoints.precision import read_as
+from dsparse.checkpoints.tensorfiles import TensorFiles, natural, shorten
 from dsparse.model import Model
 from dsparse.sharding import named_sharding
 

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+
 from dsparse.checkpoints.mapping import TOP, Layout, Prefix, Slot
 from dsparse.checkpoints.saving import Export, write_shard
 from dsparse.checkpoints.tensorfiles import DTYPES, TensorFiles, TensorInfo, forget, read_header
-
 from dsparse.errors import DsparseError
 from dsparse.origin import Origin
 
@@ -106,7 +106,7 @@ def list_native(folder: Path) -> dict[str, TensorInfo]:
     for item in sorted((folder / WEIGHTS).glob("*")):
         match = re.fullmatch(r"top|layer_([0-9]{5})", item.name)
         if match is not None:
-            prefix = LAYOUT.layer_prefix.format(int(match[1])) if match[1] else ""
+            prefix = LAYOUT.prefixes[0].format(int(match[1])) if match[1] else ""
             tensors |= {prefix + name: info for name, info in list_item(item, prefix)}
     if not tensors:
         raise DsparseError(f"{folder}: {MANIFEST} is there but {WEIGHTS} is empty; convert the original again")

@@ -14,11 +14,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from dsparse.checkpoints.mapping import TOP, Layout, Rule, Slot
-from dsparse.checkpoints.tensorfiles import TensorFiles, natural, shorten
 from flax import nnx
 from jax.sharding import Mesh
 
+from dsparse.checkpoints.mapping import TOP, Layout, Rule, Slot
+from dsparse.checkpoints.tensorfiles import TensorFiles, natural, shorten
 from dsparse.config import ModelConfig
 from dsparse.errors import DsparseError
 from dsparse.model import Model

@@ -8,8 +8,8 @@ import math
 
 import ml_dtypes
 import numpy as np
-from dsparse.checkpoints.tensorfiles import TensorFiles
 
+from dsparse.checkpoints.tensorfiles import TensorFiles
 from dsparse.params import FLOAT8, FP8_BLOCK
 
 CAST_BYTES = 4 << 20  # source bytes cast at once

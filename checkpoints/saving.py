@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+
 from dsparse.checkpoints.mapping import TOP, Layout, Slot, layout_of
 from dsparse.checkpoints.plan import SCALE, Parameter, model_parameters
 from dsparse.checkpoints.tensorfiles import DTYPE_NAMES, natural
-from flax import nnx
-
 from dsparse.config import ModelConfig
 from dsparse.errors import DsparseError
 from dsparse.model import Model

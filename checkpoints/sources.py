@@ -8,7 +8,6 @@ from typing import NamedTuple
 from dsparse.checkpoints import native
 from dsparse.checkpoints.mapping import Layout, layout_of
 from dsparse.checkpoints.tensorfiles import TensorFiles, list_safetensors
-
 from dsparse.config import ModelConfig
 from dsparse.errors import DsparseError
 from dsparse.origin import Origin

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dsparse.checkpoints.tensorfiles import DTYPES, TensorFiles, TensorInfo, has_nonfinite, shorten
 
+from dsparse.checkpoints.tensorfiles import DTYPES, TensorFiles, TensorInfo, has_nonfinite, shorten
 from dsparse.errors import DsparseError
 
 

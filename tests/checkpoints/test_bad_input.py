@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dsparse.checkpoints import saving
-from dsparse.checkpoints.convert import convert
 from published import make, raw_tensors, tensors, write
 
 import dsparse
+from dsparse.checkpoints import saving
+from dsparse.checkpoints.convert import convert
 
 
 def edited(source: Path, destination: Path, edit) -> Path:

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from dsparse.checkpoints import native
-from dsparse.checkpoints.convert import convert
 from published import make, raw_tensors
 
 import dsparse
+from dsparse.checkpoints import native
+from dsparse.checkpoints.convert import convert
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from dsparse.checkpoints import loading
-from dsparse.checkpoints.convert import convert
-from dsparse.checkpoints.plan import make_plan
-from dsparse.checkpoints.sources import open_checkpoint
 from flax import nnx
 from published import make, tensors, write
 
 import dsparse
+from dsparse.checkpoints import loading
+from dsparse.checkpoints.convert import convert
+from dsparse.checkpoints.plan import make_plan
+from dsparse.checkpoints.sources import open_checkpoint
 from dsparse.sharding import make_mesh, named_sharding
 
 

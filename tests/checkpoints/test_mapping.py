@@ -1,10 +1,10 @@
 """The name table reads and writes every published name."""
 
 import pytest
-from dsparse.checkpoints.mapping import TOP, TRANSFORMERS, Layout, Rule, Slot
 from published import config_dict, tensors
 
 from dsparse import ModelConfig
+from dsparse.checkpoints.mapping import TOP, TRANSFORMERS, Layout, Prefix, Rule, Slot
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -32,7 +32,9 @@ def test_examples():
 
 def test_another_table():
     table = Layout(
-        "layers.{}.", (Rule("embed.weight", "embed_tokens.weight"),), (Rule("ffn.w{1|3}.weight", "mlp.gate_up_proj"),)
+        (Prefix("layers.{}."),),
+        (Rule("embed.weight", "embed_tokens.weight"),),
+        (Rule("ffn.w{1|3}.weight", "mlp.gate_up_proj"),),
     )
     assert table.parse("layers.4.ffn.w3.weight")[0] == Slot(4, "mlp.gate_up_proj", (1,))
     assert [name for name, *_ in table.tensors(4, "mlp.gate_up_proj", (2, 8, 4))] == [

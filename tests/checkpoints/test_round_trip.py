@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_transformers, trained_checkpoint
-from dsparse.checkpoints.convert import convert
 from published import make, raw_tensors, tensors, write
 
 import dsparse
+from dsparse.checkpoints.convert import convert
 
 CASES = {
     "bfloat16": {},
