@@ -84,9 +84,9 @@ def check(chosen: list[int]) -> None:
             ok = exact and all(e < 6e-3 for e in errors)
             print(f"check {name} {groups}x{rows}x{depth}x{width} {kind} {tail}:", *(f"{e:.1e}" for e in errors), ok)
             assert ok
-    if not chosen:
-        check_quantized(8, 1000, 512, 256)
-        check_quantized(64, 4103, 256, 384)
+    for case, shape in enumerate([(8, 1000, 512, 256), (64, 4103, 256, 384)], start=len(cases)):
+        if not chosen or case in chosen:
+            check_quantized(*shape)
 
 
 def dgrad(dy, weights, sizes):
@@ -182,12 +182,14 @@ def main() -> None:
         "--check", nargs="*", type=int, metavar="CASE", help="only compare with references (all cases or these)"
     )
     parser.add_argument("--only", nargs="*", choices=FUNCTIONS, default=list(FUNCTIONS), help="products to time")
+    parser.add_argument("--shapes", nargs="*", type=int, default=range(len(SHAPES)), help="numbers of the shapes to time")
     arguments = parser.parse_args()
     print(measure.versions())
     if arguments.check is not None:
         return check(arguments.check)
-    compiled = compile_all(arguments.only, SHAPES)
-    for shape in SHAPES:
+    shapes = [SHAPES[i] for i in arguments.shapes]
+    compiled = compile_all(arguments.only, shapes)
+    for shape in shapes:
         groups, rows, depth, width = shape
         print(f"{groups} groups, {rows} rows, {depth} to {width}; TFLOP/s (milliseconds)")
         for name in arguments.only:
