@@ -134,7 +134,7 @@ def state_shardings(
     """Where every array of a state lives: a parameter's moments beside it, scalars everywhere."""
     everywhere = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, PartitionSpec())
 
-    def of(arrays: Arrays) -> dict[str, Sharding]:
+    def of(arrays: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Sharding]:
         if mesh is None:
             return dict.fromkeys(arrays, everywhere)
         return {name: named_sharding(variables[name].get_metadata("axes"), a.shape, mesh) for name, a in arrays.items()}
@@ -167,7 +167,7 @@ class _Update:
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         gradients, loss, balance, loads = self.gradients(state, batch)
-        norm = optax.global_norm(gradients)
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(gradient)) for gradient in gradients.values()))
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)

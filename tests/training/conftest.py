@@ -1,33 +1,9 @@
-"""Small models and data for training tests."""
+"""Data and a tokenizer for training tests."""
 
 import json
 
 import numpy as np
 import pytest
-from flax import nnx
-
-from dsparse import Model, ModelConfig
-from dsparse.sharding import make_mesh
-from dsparse.training.config import TrainConfig
-from dsparse.training.data import Batch, make_batch
-
-
-def small_model(family="deepseek_v3", mesh=None, seed=0, **overrides) -> Model:
-    config = ModelConfig.tiny(family, num_hidden_layers=2, **overrides)
-    return Model(config, rngs=nnx.Rngs(seed), mesh=make_mesh(mesh))
-
-
-def settings(**options) -> TrainConfig:
-    return TrainConfig(**{"model": "none", "data": ("none",), "steps": 4, "learning_rate": 1e-2, "tensorboard": False} | options)
-
-
-def random_batch(rows: int, length: int, vocab: int = 256, seed: int = 0) -> Batch:
-    """Rows of two packed documents and a padded end."""
-    rng = np.random.default_rng(seed)
-    segments = np.repeat([1, 2, 0], [length // 2, length - length // 2 - 2, 3]).astype(np.int32)
-    return make_batch(
-        [(rng.integers(2, vocab, length + 1).astype(np.int32), segments, np.ones(length + 1, bool)) for _ in range(rows)]
-    )
 
 
 @pytest.fixture
