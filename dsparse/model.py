@@ -118,7 +118,8 @@ class Model(nnx.Module):
                 compress_rope = rope_cos_sin(compress_rope, self.config.qk_rope_head_dim, positions)
             slots = positions if slots is None else slots
             context = Context(tokens, positions, slots, segment_ids, rope, compress_rope, **flags)
-            x = constrain(self.embed_tokens.weight[...][tokens].astype(self.dtype), "batch", None, None)
+            table = constrain(self.embed_tokens.weight[...], "vocab", None)  # rows whole: fsdp may split the batch too
+            x = constrain(table[tokens].astype(self.dtype), "batch", None, None)
             if self.hc_head is not None:
                 x = jnp.repeat(x[:, :, None], self.config.hc_mult, axis=2)
             new_cache, reports = [], []

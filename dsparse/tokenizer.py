@@ -34,7 +34,7 @@ class Tokenizer:
         self._chat = None
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids; `special` adds what the tokenizer puts around a sequence (such as a beginning-of-sequence token)."""
+        """Token ids; `special` adds what the tokenizer puts around a sequence, such as a first token."""
         return self._tokenizer.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -47,7 +47,9 @@ class Tokenizer:
             DsparseError: a message has no role or content, or the chat template changes earlier turns as others follow.
         """
         for message in messages:
-            if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            if not isinstance(message, Mapping) or not all(
+                isinstance(message.get(k), str) for k in ("role", "content")
+            ):
                 raise DsparseError("every entry of messages needs a role and a content, both text")
         template = self._chat_template()
         parts = _published_turns(messages) if template is None else _templated_turns(template, messages)
@@ -94,7 +96,7 @@ def _templated_turns(template, messages: Sequence[Mapping[str, str]]) -> list[tu
             text = template(list(turns), tokenize=False, add_generation_prompt=prompt) if turns or prompt else ""
             if not text.startswith(rendered):
                 raise DsparseError(
-                    "the chat template changes earlier turns as others follow; write one example for each assistant turn"
+                    "the chat template changes earlier turns as others follow; write one example an assistant turn"
                 )
             parts.append((text[len(rendered) :], assistant and not prompt))
             rendered = text

@@ -32,7 +32,9 @@ class Checkpoints:
         data: where the run stands in its data (`Batches.state`).
         """
         run = {"data": data, "params": _shapes(state)}
-        self.manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), run=ocp.args.JsonSave(run)), force=True)
+        self.manager.save(
+            step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), run=ocp.args.JsonSave(run)), force=True
+        )
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The latest state, sharded as `like`, whose arrays are given up; and where that run stood in its data.

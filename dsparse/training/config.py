@@ -34,11 +34,15 @@ class TrainConfig:
     steps: int = option("optimizer updates in total, those before a resume included", 100)
     batch_size: int = option("rows in one update", 8)
     sequence_length: int = option("tokens in a row", 512)
-    gradient_accumulation: int = option("parts one update's rows are computed in, one after the other, to save memory", 1)
+    gradient_accumulation: int = option(
+        "parts one update's rows are computed in, one after the other, to save memory", 1
+    )
     seed: int = option("order of the data", 0)
     # Optimizer: AdamW (Loshchilov and Hutter 2019)
     learning_rate: float = option("highest learning rate", 1e-4)
-    schedule: Literal["cosine", "linear", "constant"] = option("how the learning rate falls after the warm-up", "cosine")
+    schedule: Literal["cosine", "linear", "constant"] = option(
+        "how the learning rate falls after the warm-up", "cosine"
+    )
     warmup_steps: int = option("updates over which the learning rate rises", 0)
     final_learning_rate: float = option("learning rate at the last update, as a fraction of the highest", 0.1)
     adam_beta1: float = option("decay of the mean of gradients", 0.9)
@@ -48,14 +52,18 @@ class TrainConfig:
     max_grad_norm: float = option("gradients of a larger global norm are scaled down to it; 0: never", 1.0)
     # Losses beside the cross-entropy
     router_bias_update_rate: float = option(
-        "step of the routers' selection bias towards underused experts, outside the gradient (arXiv:2408.15664); 0: fixed",
+        "step of the routers' bias towards underused experts, outside the gradient (arXiv:2408.15664); 0: fixed",
         1e-3,
     )
     balance_loss_weight: float = option("weight of the sequence-wise balance loss (DeepSeek-V3, equation 17)", 0.0)
     mtp_loss_weight: float = option("weight of the multi-token prediction loss; 0: those layers stay as they are", 0.0)
     # Precision, memory, devices
-    dtype: Literal["float32", "bfloat16"] = option("of activations and products; weights are kept in float32", "float32")
-    remat: Literal["none", "dots", "full"] = option("what the backward pass recomputes of each layer to save memory", "none")
+    dtype: Literal["float32", "bfloat16"] = option(
+        "of activations and products; weights are kept in float32", "float32"
+    )
+    remat: Literal["none", "dots", "full"] = option(
+        "what the backward pass recomputes of each layer to save memory", "none"
+    )
     mesh: str | None = option("devices to spread over, such as data=2,tensor=4 (axes data, fsdp, expert, tensor)", None)
     # Saving and reporting
     save_every: int = option("updates between saved states; 0: only at the end and when stopped", 100)
@@ -69,8 +77,9 @@ class TrainConfig:
 
 _AT_LEAST_ONE = ("steps", "batch_size", "sequence_length", "gradient_accumulation", "keep_last", "log_every")
 _NOT_NEGATIVE = (
-    "seed", "warmup_steps", "save_every", "learning_rate", "final_learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "weight_decay", "max_grad_norm", "router_bias_update_rate", "balance_loss_weight", "mtp_loss_weight",
+    "seed", "warmup_steps", "save_every", "learning_rate", "final_learning_rate", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "weight_decay", "max_grad_norm", "router_bias_update_rate", "balance_loss_weight",
+    "mtp_loss_weight",
 )  # fmt: skip
 
 
@@ -103,9 +112,13 @@ def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:
     stated = vars(_parser().parse_args(argv))
     file = stated.pop("config", None)
     values = (read_config(Path(file)) if file else {}) | stated
-    missing = [f.name for f in dataclasses.fields(TrainConfig) if f.default is dataclasses.MISSING and f.name not in values]
+    missing = [
+        f.name for f in dataclasses.fields(TrainConfig) if f.default is dataclasses.MISSING and f.name not in values
+    ]
     if missing:
-        raise DsparseError(f"training option {missing[0]} is missing: give {_flag(missing[0])} or set it in a --config file")
+        raise DsparseError(
+            f"training option {missing[0]} is missing: give {_flag(missing[0])} or set it in a --config file"
+        )
     return TrainConfig(**values)
 
 
@@ -137,7 +150,9 @@ def _parser() -> argparse.ArgumentParser:
     for field in dataclasses.fields(TrainConfig):
         kind, described = kinds[field.name], field.metadata["help"].replace("%", "%%")
         if field.default is not dataclasses.MISSING and field.default is not None:
-            described += f" (default {str(field.default).lower() if isinstance(field.default, bool) else field.default})"
+            described += (
+                f" (default {str(field.default).lower() if isinstance(field.default, bool) else field.default})"
+            )
         parser.add_argument(_flag(field.name), help=described, **_argument(kind))
     return parser
 

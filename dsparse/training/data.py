@@ -5,8 +5,8 @@ attention apart. Two kinds of source:
 
 - streams (text, JSONL `text`, token arrays): documents one after the other, each ended by the end-of-sequence token,
   cut into rows wherever a row is full; the last, incomplete row is left out;
-- examples (JSONL `messages`, or `prompt` and `completion`): kept whole, several to a row where they fit, the rest of the
-  row padded; those longer than a row lose their end. Only what the assistant says, or the completion, is learned.
+- examples (JSONL `messages`, or `prompt` and `completion`): kept whole, several to a row where they fit, the rest of
+  the row padded; those longer than a row lose their end. Only what the assistant says, or the completion, is learned.
 """
 
 from __future__ import annotations
@@ -122,7 +122,9 @@ class Batches:
         """
         for name, what in (("fingerprint", "data or sequence_length"), ("seed", "seed"), ("batch_size", "batch_size")):
             if state[name] != getattr(self, name):
-                raise DsparseError(f"cannot resume: {what} differs from the saved run's; start a new output_dir instead")
+                raise DsparseError(
+                    f"cannot resume: {what} differs from the saved run's; start a new output_dir instead"
+                )
         self.drawn = state["drawn"]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -152,15 +154,22 @@ class _Reading(NamedTuple):
 
 
 def read_data(
-    files: Sequence[str], model_folder: str, *, length: int, batch_size: int, seed: int, vocab_size: int, eos: Sequence[int]
+    files: Sequence[str],
+    model_folder: str,
+    *,
+    length: int,
+    batch_size: int,
+    seed: int,
+    vocab_size: int,
+    eos: Sequence[int],
 ) -> Batches:
     """Read and pack the files of a run.
 
     eos: end-of-sequence tokens; the first one ends documents, all of them separate the documents of token arrays.
 
     Raises:
-        DsparseError: a file is missing, empty, undecodable or of unknown kind; a JSONL line lacks its fields; a token id is
-            outside the vocabulary; or everything together is shorter than one row.
+        DsparseError: a file is missing, empty, undecodable or of unknown kind; a JSONL line lacks its fields; a token
+            id is outside the vocabulary; or everything together is shorter than one row.
     """
     loaded: list[Tokenizer] = []
 
@@ -220,7 +229,9 @@ def read_token_array(file: Path, vocab_size: int) -> Integer[np.ndarray, " token
     except (ValueError, OSError, EOFError) as error:
         raise DsparseError(f"{file}: not a NumPy array ({error})") from error
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-        raise DsparseError(f"{file}: expected one dimension of integer token ids, found {tokens.dtype} {list(tokens.shape)}")
+        raise DsparseError(
+            f"{file}: expected one dimension of integer token ids, found {tokens.dtype} {list(tokens.shape)}"
+        )
     block = 1 << 22
     for start in range(0, len(tokens), block):
         part = tokens[start : start + block]
@@ -272,7 +283,9 @@ def _read_entry(entry: Any, reading: _Reading) -> None:
 def _text(entry: dict[str, Any], field: str) -> str:
     if field not in entry:
         found = ", ".join(entry) or "none"
-        raise DsparseError(f"field {field} is missing (needed: text, or messages, or prompt and completion; found: {found})")
+        raise DsparseError(
+            f"field {field} is missing (needed: text, or messages, or prompt and completion; found: {found})"
+        )
     if not isinstance(entry[field], str):
         raise DsparseError(f"field {field} must be text, found {type(entry[field]).__name__}")
     return entry[field]
@@ -297,7 +310,7 @@ def _check_ids(sources: Sequence[Stream | Examples], vocab_size: int, model_fold
         for tokens in arrays:
             if not isinstance(tokens, np.memmap) and len(tokens) and (high := int(np.max(tokens))) >= vocab_size:
                 raise DsparseError(
-                    f"{model_folder}: its tokenizer gives token id {high}, outside the model's vocabulary of {vocab_size}"
+                    f"{model_folder}: its tokenizer gives token id {high}, outside the model's {vocab_size}"
                 )
 
 

@@ -80,7 +80,7 @@ def _open_output(config: TrainConfig) -> Checkpoints:
 def _load(config: TrainConfig) -> Model:
     from dsparse.pretrained import from_pretrained
 
-    return from_pretrained(config.model, dtype=jnp.float32, mesh=make_mesh(config.mesh))
+    return from_pretrained(config.model, dtype="float32", mesh=make_mesh(config.mesh))
 
 
 def _read(config: TrainConfig, model: Model) -> Batches:
@@ -147,7 +147,11 @@ class _Run:
     def __call__(self, state: TrainState) -> TrainState:
         config, first = self.config, int(state.step)
         reporter = Reporter(
-            Path(config.output_dir), first_step=first, steps=config.steps, every=config.log_every, tensorboard=config.tensorboard
+            Path(config.output_dir),
+            first_step=first,
+            steps=config.steps,
+            every=config.log_every,
+            tensorboard=config.tensorboard,
         )
         step = saved = first
         try:
@@ -184,5 +188,5 @@ class _Run:
         value = metrics["loss"] if what == "loss" else metrics["grad_norm"]
         kept = f"the state of step {step} is kept in {self.checkpoints.folder}" if step else "nothing was trained"
         raise DsparseError(
-            f"{what} is {value} at step {step + 1}; {kept}; lower the learning rate, raise warmup_steps or check the data"
+            f"{what} is {value} at step {step + 1}; {kept}; try a lower learning_rate, a warm-up, other data"
         )

@@ -19,8 +19,8 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """Sum over tokens of weight * -log softmax(hidden head^T)[target], in float32.
 
-    The logits exist for one chunk of time steps at once. Their gradient is taken while they are there (no second product
-    with the head in the backward pass) and accumulated in float32.
+    The logits exist for one chunk of time steps at once. Their gradient is taken while they are there (no second
+    product with the head in the backward pass) and accumulated in float32.
 
     hidden: after the final norm. weights: 0 leaves a token out. batch_ways: devices the batch is split over.
     """

@@ -97,7 +97,7 @@ def write_back(model: Model, state: TrainState) -> None:
 
 def is_trained(name: str, variable: nnx.Variable) -> bool:
     """Buffers and parts that get no gradient are neither trained nor decayed."""
-    return isinstance(variable, nnx.Param) and not set(name.split(".")) & set(UNTRAINED)
+    return type(variable) is nnx.Param and not set(name.split(".")) & set(UNTRAINED)
 
 
 def is_decayed(name: str, variable: nnx.Variable) -> bool:
@@ -120,12 +120,19 @@ def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
     return optax.join_schedules([lambda step: peak * (step + 1) / warmup, decay], [warmup])
 
 
-def make_optimizer(config: TrainConfig, schedule: optax.Schedule, decayed: dict[str, bool]) -> optax.GradientTransformation:
-    clip = [optax.clip_by_global_norm(config.max_grad_norm)] if config.max_grad_norm else []
+def make_optimizer(
+    config: TrainConfig, schedule: optax.Schedule, decayed: dict[str, bool]
+) -> optax.GradientTransformation:
+    clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
     adamw = optax.adamw(
-        schedule, config.adam_beta1, config.adam_beta2, config.adam_epsilon, weight_decay=config.weight_decay, mask=decayed
+        schedule,
+        config.adam_beta1,
+        config.adam_beta2,
+        config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        mask=decayed,
     )
-    return optax.chain(*clip, adamw)
+    return optax.chain(clip, adamw)
 
 
 def state_shardings(
@@ -199,7 +206,9 @@ class _Update:
             return part(batch)
         # part i takes rows i, i + parts, ...: each device keeps the rows it holds
         rows = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, parts, *a.shape[1:]), 0, 1), batch)
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(part, jax.tree.map(lambda a: a[0], rows)))
+        zeros = jax.tree.map(
+            lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(part, jax.tree.map(lambda a: a[0], rows))
+        )
         return jax.lax.scan(lambda sums, rows: (jax.tree.map(jnp.add, sums, part(rows)), None), zeros, rows)[0]
 
     def loss(self, params: Arrays, frozen: Arrays, batch: Batch, total: Array):
@@ -208,7 +217,11 @@ class _Update:
         hidden, _, routings = model.hidden_states(batch.tokens, segment_ids=batch.segment_ids)
         with use_mesh(model.mesh):
             loss = cross_entropy(
-                model.norm(hidden), model.head_weight(), batch.targets, batch.weights / total, batch_ways=batch_ways(model.mesh)
+                model.norm(hidden),
+                model.head_weight(),
+                batch.targets,
+                batch.weights / total,
+                batch_ways=batch_ways(model.mesh),
             )
         balance = sum((jnp.sum(routing.balance_loss) for routing in routings), start=jnp.zeros(()))
         objective = loss + balance * (self.config.balance_loss_weight / self.config.gradient_accumulation)

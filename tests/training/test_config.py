@@ -31,7 +31,12 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path)
 
 def test_values_are_typed():
     config = parse_config([*REQUIRED, "--learning-rate", "3e-4", "--schedule", "linear", "--batch-size", "4"])
-    assert (config.learning_rate, config.schedule, config.batch_size, config.data) == (3e-4, "linear", 4, ("a.txt", "b.txt"))
+    assert (config.learning_rate, config.schedule, config.batch_size, config.data) == (
+        3e-4,
+        "linear",
+        4,
+        ("a.txt", "b.txt"),
+    )
 
 
 @pytest.mark.parametrize(

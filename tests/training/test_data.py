@@ -67,7 +67,8 @@ CHAT = [
     {"role": "assistant", "content": "s"},
 ]
 TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }};{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }};{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
 )
 
 
@@ -91,7 +92,10 @@ def test_only_the_assistant_is_learned(tmp_path, byte_tokenizer, template, expec
 
 
 def test_text_and_jsonl_text_are_one_stream_of_documents(tmp_path, byte_tokenizer):
-    files = [write(tmp_path, "a.txt", "hello there"), write(tmp_path, "b.jsonl", lines({"text": "more"}, {"text": "words"}))]
+    files = [
+        write(tmp_path, "a.txt", "hello there"),
+        write(tmp_path, "b.jsonl", lines({"text": "more"}, {"text": "words"})),
+    ]
     data = read(files, byte_tokenizer)
     assert data.rows == (12 + 5 + 6 - 1) // 8
     assert sum(int((data._row(i)[0] == 1).sum()) for i in range(2)) == 2
@@ -140,7 +144,11 @@ def test_resuming_with_other_data_is_refused(tmp_path):
         ("a.jsonl", '{"prompt": "x"}', r"a\.jsonl line 1: field completion is missing"),
         ("a.jsonl", '{"text": "x"}\n\n{"text"}', r"a\.jsonl line 3: not valid JSON"),
         ("a.jsonl", '{"text": 3}', r"a\.jsonl line 1: field text must be text, found int"),
-        ("a.jsonl", '{"messages": [{"role": "user"}]}', r"a\.jsonl line 1: every entry of messages needs a role and a content"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "user"}]}',
+            r"a\.jsonl line 1: every entry of messages needs a role and a content",
+        ),
         ("short.txt", "abc", r"short\.txt: 4 tokens, less than one row of 9"),
         ("a.npy", "not an array", r"a\.npy: not a NumPy array"),
     ],
@@ -156,8 +164,10 @@ def test_token_ids_outside_the_vocabulary_are_named(tmp_path, byte_tokenizer):
     with pytest.raises(DsparseError, match=r"a\.npy: token id 300 at position 20 is outside the vocabulary of 256"):
         read([tmp_path / "a.npy"], tmp_path)
     np.save(tmp_path / "b.npy", np.zeros((3, 3)))
-    with pytest.raises(DsparseError, match=r"b\.npy: expected one dimension of integer token ids, found float64 \[3, 3\]"):
+    with pytest.raises(
+        DsparseError, match=r"b\.npy: expected one dimension of integer token ids, found float64 \[3, 3\]"
+    ):
         read([tmp_path / "b.npy"], tmp_path)
     file = write(tmp_path, "a.txt", "text of another model")
-    with pytest.raises(DsparseError, match="its tokenizer gives token id 90, outside the model's vocabulary of 64"):
+    with pytest.raises(DsparseError, match="its tokenizer gives token id 90, outside the model's 64"):
         read([file], byte_tokenizer, vocab_size=64)

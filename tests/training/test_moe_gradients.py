@@ -13,7 +13,11 @@ from dsparse.params import Scope
 
 def dense_loop(params, routing_bias, x, config):
     """Every expert on every token, weighted by what the router gives it: no sorting, no gathering."""
-    scores = jax.nn.sigmoid(x @ params["gate"].T) if config.scoring_func == "sigmoid" else jax.nn.softmax(x @ params["gate"].T)
+    scores = (
+        jax.nn.sigmoid(x @ params["gate"].T)
+        if config.scoring_func == "sigmoid"
+        else jax.nn.softmax(x @ params["gate"].T)
+    )
     choice = scores + routing_bias
     groups = choice.reshape(*choice.shape[:-1], config.n_group, -1)
     best = 2 if config.scoring_func == "sigmoid" else 1
@@ -48,14 +52,17 @@ def test_gradients_equal_a_dense_loop(family, skew):
         bias = bias.at[jnp.array([1, 2])].add(skew)
         layer.gate.e_score_correction_bias.set_value(bias)
     x, target = (jnp.asarray(rng.normal(size=(2, 19, config.hidden_size)), jnp.float32) for _ in range(2))
+    tokens = jnp.zeros((2, 19), jnp.int32)
     graphdef, trained, rest = nnx.split(layer, nnx.Param, ...)
 
     def ours(trained, x):
-        return jnp.sum(nnx.merge(graphdef, trained, rest)(x)[0] * target)
+        return jnp.sum(nnx.merge(graphdef, trained, rest)(x, tokens)[0] * target)
 
     params = {
-        "gate": gate, "gate_up": layer.experts.gate_up_proj[...], "down": layer.experts.down_proj[...],
-        "shared_gate_up": layer.shared_experts.gate_up_proj[...], "shared_down": layer.shared_experts.down_proj.weight[...],
+        "gate": gate,
+        "gate_up": layer.experts.gate_up_proj[...], "down": layer.experts.down_proj[...],
+        "shared_gate_up": layer.shared_experts.gate_up_proj[...],
+        "shared_down": layer.shared_experts.down_proj.weight[...],
     }  # fmt: skip
     value, (by_params, by_x) = jax.jit(jax.value_and_grad(ours, (0, 1)))(trained, x)
     expected, (expected_params, expected_x) = jax.jit(
@@ -64,8 +71,11 @@ def test_gradients_equal_a_dense_loop(family, skew):
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(by_x, expected_x, atol=1e-5)
     actual = {
-        "gate": by_params.gate.weight[...], "gate_up": by_params.experts.gate_up_proj[...], "down": by_params.experts.down_proj[...],
-        "shared_gate_up": by_params.shared_experts.gate_up_proj[...], "shared_down": by_params.shared_experts.down_proj.weight[...],
+        "gate": by_params.gate.weight[...],
+        "gate_up": by_params.experts.gate_up_proj[...],
+        "down": by_params.experts.down_proj[...],
+        "shared_gate_up": by_params.shared_experts.gate_up_proj[...],
+        "shared_down": by_params.shared_experts.down_proj.weight[...],
     }  # fmt: skip
     for name, gradient in actual.items():
         np.testing.assert_allclose(gradient, expected_params[name], atol=1e-5, err_msg=name)

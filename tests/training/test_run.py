@@ -86,9 +86,13 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(options, 
 
     real = loop_module.read_data
     monkeypatch.setattr(
-        loop_module, "read_data", lambda *a, **k: Poisoned(**{n: getattr(real(*a, **k), n) for n in ("sources", "batch_size", "seed")})
+        loop_module,
+        "read_data",
+        lambda *a, **k: Poisoned(**{n: getattr(real(*a, **k), n) for n in ("sources", "batch_size", "seed")}),
     )
-    with pytest.raises(DsparseError, match=r"loss is nan at step 4; the state of step 3 is kept in .*states; lower the learning"):
+    with pytest.raises(
+        DsparseError, match=r"loss is nan at step 4; the state of step 3 is kept in .*states; try a lower learning_rate"
+    ):
         train(TrainConfig(**options), small_model())
     assert sorted(int(f.name) for f in (tmp_path / "run" / "states").iterdir() if f.name.isdigit()) == [2, 3]
     state = train(TrainConfig(**options, resume=True), small_model())  # the poison is spent
@@ -110,8 +114,27 @@ def test_the_export_is_the_trained_model_and_metrics_reach_tensorboard(options, 
 
 
 def command(model, options, *extra) -> list[str]:
-    flags = ["--data", *options["data"], "--output-dir", options["output_dir"], "--batch-size", "2", "--sequence-length", "16"]
-    return [sys.executable, str(ROOT / "train.py"), "--model", str(model), *flags, "--steps", "100000", "--no-tensorboard", *extra]
+    flags = [
+        "--data",
+        *options["data"],
+        "--output-dir",
+        options["output_dir"],
+        "--batch-size",
+        "2",
+        "--sequence-length",
+        "16",
+    ]
+    return [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--model",
+        str(model),
+        *flags,
+        "--steps",
+        "100000",
+        "--no-tensorboard",
+        *extra,
+    ]
 
 
 def wait_for(process, file, lines):
@@ -145,7 +168,8 @@ def test_signals(options, tmp_path, number):
     else:
         assert process.returncode == -signal.SIGKILL and states and states[-1] % 3 == 0
     again = TrainConfig(
-        **options | {"batch_size": 2, "sequence_length": 16, "steps": states[-1] + 2, "learning_rate": 1e-4}, resume=True
+        **options | {"batch_size": 2, "sequence_length": 16, "steps": states[-1] + 2, "learning_rate": 1e-4},
+        resume=True,
     )
     assert int(train(again, from_pretrained(tmp_path / "source")).step) == states[-1] + 2
 

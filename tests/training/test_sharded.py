@@ -18,7 +18,9 @@ HEAD = "lm_head.weight"  # [vocab, embed]
 
 def two_updates(mesh, parts):
     """Loss and gradient norm of two updates, the first update's gradients (its mean in AdamW), and the last state."""
-    config = settings(batch_size=16, mesh=mesh, gradient_accumulation=parts, balance_loss_weight=1e-2, max_grad_norm=0.0)
+    config = settings(
+        batch_size=16, mesh=mesh, gradient_accumulation=parts, balance_loss_weight=1e-2, max_grad_norm=0.0
+    )
     model = small_model(mesh=mesh, num_nextn_predict_layers=0)
     state, update = make_train_step(model, config)
     scalars, gradients = [], None
@@ -46,7 +48,11 @@ def on_one_device():
         pytest.param("expert=8", 1, P(None, "expert", None, None, None), P(None, None), marks=pytest.mark.heavy),
         pytest.param("data=8", 2, P(None, None, None, None, None), P(None, None), marks=pytest.mark.heavy),
         pytest.param(
-            "fsdp=2,expert=2,tensor=2", 1, P(None, "expert", None, "tensor", "fsdp"), P("tensor", "fsdp"), marks=pytest.mark.heavy
+            "fsdp=2,expert=2,tensor=2",
+            1,
+            P(None, "expert", None, "tensor", "fsdp"),
+            P("tensor", "fsdp"),
+            marks=pytest.mark.heavy,
         ),
     ],
 )
