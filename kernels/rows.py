@@ -22,6 +22,7 @@ from . import mosaic
 ROWS = 64  # rows of a gathered tile
 CHUNK = 64  # columns of a 128-byte chunk of 16-bit elements, the unit of the swizzled layout
 THREADS = 128  # of a warpgroup
+FP8_ROW = 656  # bytes: 512 e4m3 values, 4 float32 scales of 128 values each, 64 bf16 values
 
 _WAIT = "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1;\n@!done bra AGAIN;\n}"
 
@@ -39,6 +40,15 @@ selp.f32 $1, got1, $5, odd;
 selp.f32 $2, $6, got0, odd;
 selp.f32 $3, $7, got1, odd;
 }"""
+# Eight e4m3 values times a float32 scale, as bf16.
+_DEQUANTIZE = "{\n.reg .b16 x0, x1, x2, x3, low, high;\n.reg .b32 halves;\n.reg .f32 a, b;\n"
+_DEQUANTIZE += "mov.b32 {x0, x1}, $4;\nmov.b32 {x2, x3}, $5;\n"
+for _k in range(4):
+    _DEQUANTIZE += (
+        f"cvt.rn.f16x2.e4m3x2 halves, x{_k};\nmov.b32 {{low, high}}, halves;\ncvt.f32.f16 a, low;\ncvt.f32.f16 b, high;\n"
+        f"mul.f32 a, a, $6;\nmul.f32 b, b, $6;\ncvt.rn.bf16x2.f32 ${_k}, b, a;\n"
+    )
+_DEQUANTIZE += "}"
 _ADD_FIXED_POINT = """{
 .reg .s64 whole;
 cvt.rni.s64.f32 whole, $1;
@@ -112,10 +122,9 @@ def init_barriers(barriers, parts: Sequence[Part]) -> None:
         base = _smem_address(barriers)
         leader = scf.IfOp(arith.cmpi(arith.CmpIPredicate.eq, arith.remui(utils.thread_idx(), _i32(THREADS)), _i32(0)))
         with ir.InsertionPoint(leader.then_block):
-            for number, part in enumerate(parts):
-                # Each gathering thread arrives through its copies, and where it wrote the bias also by itself.
-                arrivals = 2 * THREADS if part.first else THREADS
-                _asm(f"mbarrier.init.shared::cta.b64 [$0+{8 * number}], {arrivals};", [base], "r")
+            for number in range(len(parts)):
+                # Each gathering thread arrives twice: when its copies are there, and for what it wrote itself.
+                _asm(f"mbarrier.init.shared::cta.b64 [$0+{8 * number}], {2 * THREADS};", [base], "r")
                 _asm(f"mbarrier.init.shared::cta.b64 [$0+{8 * (len(parts) + number)}], {THREADS};", [base], "r")
             _asm("fence.mbarrier_init.release.cluster;")
             scf.yield_([])
@@ -151,8 +160,10 @@ def gather(
 ) -> None:
     """A warpgroup fills the slots with the rows that index lists name, step after step, as readers free them.
 
+    Rows of an fp8 cache (see `FP8_ROW`) become bf16 on their way through registers.
+
     Args:
-      kv: GMEM [B, S, H], 16-bit. Rows outside [0, S) are zeros.
+      kv: GMEM [B, S, H], 16-bit, or uint8[B, S, FP8_ROW]. Rows outside [0, S) are zeros.
       indices: GMEM int32[R, K], K at least steps * slots * ROWS; list r names rows of kv[r // (R / B)].
       steps: GMEM int32[R], how many times all slots are filled from each list.
       tile: SMEM [slots, ROWS, 512], swizzled: the first 512 columns.
@@ -168,7 +179,9 @@ def gather(
     lists_of_entry = indices.shape[0] // kv.shape[0]
     list_length = indices.shape[1]
     first_item, stride, end = items
-    swizzled = plgpu.RefType(mosaic.swizzled(kv.dtype))
+    quantized = kv.dtype == jnp.uint8
+    row_bytes = width if quantized else 2 * width
+    swizzled = plgpu.RefType(mosaic.swizzled(jnp.bfloat16))
     plain = plgpu.RefType()
     group_rows = THREADS // 8  # eight threads copy the 128 bytes of a chunk, so a pass covers 16 rows
     passes = ROWS // group_rows
@@ -187,7 +200,8 @@ def gather(
         bias_at = arith.addi(_smem_address(bias), arith.muli(group, _i32(4)))
         barrier_at = _smem_address(barriers)
         kv_at = llvm.ptrtoint(i64, _gmem_pointer(kv))
-        lane_at = arith.addi(kv_at, arith.extui(i64, arith.muli(lane, _i32(16))))
+        lane_at = arith.addi(kv_at, arith.extui(i64, arith.muli(lane, _i32(8 if quantized else 16))))
+        lane_in_tail = arith.extui(i64, arith.muli(lane, _i32(8)))
         indices_at, steps_at = _gmem_pointer(indices), _gmem_pointer(steps)
         zero = arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
         minus_inf = arith.constant(f32, ir.FloatAttr.get(f32, -math.inf))
@@ -210,21 +224,56 @@ def gather(
                     lines.append(f"cp.async.cg.shared.global.L2::256B [{target}], [$2+{128 * chunk}], 16, $3;")
                 _asm("\n".join(lines), [tile_at, tail_at, row, size], "r,r,l,r")
 
+        def load_words(address, offset, count, size):
+            """`count` 32-bit words of a row, zeros if the row is none."""
+            outputs = ", ".join(f"${k}" for k in range(count))
+            clear = "".join(f"mov.b32 ${k}, 0;\n" for k in range(count))
+            text = (
+                f"{{\n.reg .pred some;\nsetp.ne.u32 some, ${count + 1}, 0;\n{clear}"
+                f"@some ld.global.v{count}.b32 {{{outputs}}}, [${count}+{offset}];\n}}"
+            )
+            kind = ir.Type.parse(f"!llvm.struct<({', '.join(['i32'] * count)})>")
+            constraints = ",".join(["=&r"] * count + ["l", "r"])
+            loaded = llvm.inline_asm(kind, [address, size], text, constraints, has_side_effects=True)
+            return [llvm.extractvalue(i32, loaded, [k]) for k in range(count)]
+
+        def dequantize_part(part, rows):
+            in_tile = [chunk for chunk in part.chunks if chunk < 8]
+            for j, (row, size, bias_value) in enumerate(rows[passes * part.slot : passes * (part.slot + 1)]):
+                if part.first:
+                    offset = 4 * (ROWS * part.slot + group_rows * j)
+                    _asm(f"st.shared.f32 [$0+{offset}], $1;", [bias_at, bias_value], "r,f")
+                row_at = arith.subi(row, lane_in_tail)
+                scales = load_words(row_at, 512 + 4 * (in_tile[0] // 2), 2, size)
+                words = [load_words(row, CHUNK * chunk, 2, size) for chunk in in_tile]
+                if part.chunks[-1] >= 8:
+                    target = part.slot * tail_bytes + j * 2 * 1024
+                    text = f"cp.async.cg.shared.global [$0+{target}], [$1+528], 16, $2;"
+                    _asm(text, [tail_at, arith.addi(row, lane_in_tail), size], "r,l,r")
+                four = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+                for number, chunk in enumerate(in_tile):
+                    scale = llvm.bitcast(f32, scales[number // 2])
+                    operands = [*words[number], scale]
+                    both = llvm.inline_asm(four, operands, _DEQUANTIZE, "=&r,=&r,=&r,=&r,r,r,f", has_side_effects=True)
+                    values = [llvm.extractvalue(i32, both, [k]) for k in range(4)]
+                    target = part.slot * tile_bytes + j * 2 * 8 * 1024 + chunk * 1024
+                    _asm(f"st.shared.v4.b32 [$0+{target}], {{$1, $2, $3, $4}};", [tile_at, *values], "r,r,r,r,r")
+            _asm("fence.proxy.async.shared::cta;")
+
         def gather_step(source, indices_of_rows, total):
             rows = []
             for index in indices_of_rows:
                 valid = arith.cmpi(arith.CmpIPredicate.ult, index, _i32(rows_of_kv))
-                offset = arith.muli(arith.extui(i64, arith.select(valid, index, _i32(0))), _i64(2 * width))
+                offset = arith.muli(arith.extui(i64, arith.select(valid, index, _i32(0))), _i64(row_bytes))
                 size = arith.select(valid, _i32(16), _i32(0))
                 rows.append((arith.addi(source, offset), size, arith.select(valid, zero, minus_inf)))
             # A fresh barrier counts the phase before its first as over, so the first wait passes.
             phase = arith.andi(arith.addi(total, _i32(1)), _i32(1))
             for number, part in enumerate(parts):
                 _asm(_WAIT, [arith.addi(barrier_at, _i32(8 * (len(parts) + number))), phase], "r,r")
-                copy_part(part, rows)
+                (dequantize_part if quantized else copy_part)(part, rows)
                 _asm(f"cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0+{8 * number}];", [barrier_at], "r")
-                if part.first:
-                    _asm(f"mbarrier.arrive.shared::cta.b64 _, [$0+{8 * number}];", [barrier_at], "r")
+                _asm(f"mbarrier.arrive.shared::cta.b64 _, [$0+{8 * number}];", [barrier_at], "r")
 
         per_item = scf.ForOp(first_item.registers.item(), _i32(end), _i32(stride), [_i32(0)])
         with ir.InsertionPoint(per_item.body):
@@ -233,7 +282,7 @@ def gather(
             count = llvm.load(i32, utils.getelementptr(steps_at, [number], i32))
             list_at = utils.getelementptr(indices_at, [arith.muli(arith.extui(i64, number), _i64(list_length))], i32)
             entry = arith.extui(i64, arith.divui(number, _i32(lists_of_entry)))
-            source = arith.addi(lane_at, arith.muli(entry, _i64(2 * rows_of_kv * width)))
+            source = arith.addi(lane_at, arith.muli(entry, _i64(rows_of_kv * row_bytes)))
             per_step = scf.ForOp(_i32(0), count, _i32(1), load_indices(list_at, _i32(0)))
             with ir.InsertionPoint(per_step.body):
                 step = per_step.induction_variable

@@ -47,12 +47,12 @@ def sparse_attention(
     Raises:
       NotImplementedError: for what this kernel does not do, before anything runs.
     """
-    _check(q, kv, indices, v_head_dim, sinks)
+    check(q, kv, indices, v_head_dim, sinks)
     logits_of_sinks = jnp.full(q.shape[2], -jnp.inf) if sinks is None else sinks
     return _attention(q, kv, indices, logits_of_sinks.astype(jnp.float32), float(scale), deterministic)
 
 
-def _check(q, kv, indices, v_head_dim, sinks) -> None:
+def check(q, kv, indices, v_head_dim, sinks) -> None:
     mosaic.require_hopper()
     batch, queries, heads, head_dim = q.shape
     if q.dtype != jnp.bfloat16 or kv.dtype != jnp.bfloat16:
@@ -74,7 +74,7 @@ def _attention(q, kv, indices, sinks, scale, deterministic):
     return _forward(q, kv, indices, sinks, scale, deterministic)[0]
 
 
-def _pad(x: Array, axis: int, multiple: int, value=0) -> Array:
+def pad_to(x: Array, axis: int, multiple: int, value=0) -> Array:
     extra = -x.shape[axis] % multiple
     if not extra:
         return x
@@ -86,9 +86,9 @@ def _rows(x: Array) -> Array:
     return x.reshape(-1, *x.shape[2:])
 
 
-def _index_rows(indices: Array, num_keys: int, step: int) -> tuple[Array, Array]:
+def index_rows(indices: Array, num_keys: int, step: int) -> tuple[Array, Array]:
     """Index lists padded to whole loop steps, and how many steps (one at least) reach each list's last valid index."""
-    lists = _pad(_rows(indices.astype(jnp.int32)), 1, step, -1)
+    lists = pad_to(_rows(indices.astype(jnp.int32)), 1, step, -1)
     valid = (lists >= 0) & (lists < num_keys)
     used = jnp.max(jnp.where(valid, jnp.arange(1, lists.shape[1] + 1, dtype=jnp.int32), 0), axis=1)
     return lists, jnp.maximum((used + step - 1) // step, 1)
@@ -97,13 +97,13 @@ def _index_rows(indices: Array, num_keys: int, step: int) -> tuple[Array, Array]
 def _forward(q, kv, indices, sinks, scale, deterministic):
     del deterministic
     batch, queries, heads, _ = q.shape
-    lists, steps = _index_rows(indices, kv.shape[1], forward_kernel.STEP)
+    lists, steps = index_rows(indices, kv.shape[1], forward_kernel.STEP)
     out, lse = forward_kernel.forward(
-        _pad(_rows(q), 1, forward_kernel.HEADS),
+        pad_to(_rows(q), 1, forward_kernel.HEADS),
         kv,
         lists,
         steps,
-        _pad(sinks, 0, forward_kernel.HEADS, -jnp.inf),
+        pad_to(sinks, 0, forward_kernel.HEADS, -jnp.inf),
         num_blocks=mosaic.num_multiprocessors(),
         scale=scale,
     )
@@ -121,9 +121,9 @@ def _backward(scale, deterministic, saved, gradients):
     safe_lse = jnp.where(some, lse, 0.0)
     dsinks = -jnp.sum(jnp.where(some, jnp.exp(sinks - safe_lse) * delta, 0.0), axis=(0, 1))
 
-    lists, steps = _index_rows(indices, kv.shape[1], backward_kernel.STEP)
+    lists, steps = index_rows(indices, kv.shape[1], backward_kernel.STEP)
     unit = _fixed_point_unit(dout) if deterministic else jnp.ones((1,), jnp.float32)
-    pad = functools.partial(_pad, axis=1, multiple=forward_kernel.HEADS)
+    pad = functools.partial(pad_to, axis=1, multiple=forward_kernel.HEADS)
     dq, dkv = backward_kernel.backward(
         pad(_rows(q)),
         kv,

@@ -40,7 +40,7 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
 
     Args:
       q: bf16[R, N, H], N a multiple of 64, H 512 or 576.
-      kv: bf16[B, S, H].
+      kv: bf16[B, S, H], or uint8[B, S, 656], the fp8 cache of `sparse_attention_decode`, with H 576.
       indices: int32[R, K], K a multiple of 128; outside [0, S) stands for nothing.
       steps: int32[R], how many blocks of 128 indices to look at; at least 1.
       sinks: float32[N], -inf for none.
@@ -108,7 +108,8 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
 
         def prefetch_q(item):
             row, heads = where(item)
-            plgpu.async_prefetch(q_g.at[row, heads])
+            for start in range(0, head_dim, HALF):  # no TMA transfer is wider than 256
+                plgpu.async_prefetch(q_g.at[row, heads, pl.ds(start, min(HALF, head_dim - start))])
 
         def wait_full(part, step):
             plgpu.barrier_wait(full.at[part]) if interpret else rows.wait_full(barriers, part, step)
@@ -190,7 +191,7 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
 
         @pl.when(wg == 0)
         def left():
-            plgpu.set_max_registers(216, action="increase")
+            plgpu.set_max_registers(224, action="increase")
             load_q(first)
 
             def attend(item, num_steps, done):
@@ -206,7 +207,7 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
                         top = jnp.maximum(m, s.max(axis=1))
                         alpha = jnp.exp2(m - top)
                         p = jnp.exp2(s - spread(top, s, 0))
-                        p16 = p.astype(kv.dtype)
+                        p16 = p.astype(q.dtype)
                         tell(p16, 0, alpha, top)
                         total = total * alpha + p.sum(axis=1)
                         rescale(out, alpha)
@@ -248,7 +249,7 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
                         top = jnp.maximum(m, top)
                         alpha = jnp.exp2(m - top)
                         p = jnp.exp2(s - spread(top, s, 0))
-                        p16 = p.astype(kv.dtype)
+                        p16 = p.astype(q.dtype)
                         tell(p16, 1, alpha, top)
                         total = total * (alpha0 * alpha) + p.sum(axis=1)
                         plgpu.wgmma_wait(0)
@@ -267,7 +268,7 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
 
         @pl.when(wg == 2)
         def gather():
-            plgpu.set_max_registers(72, action="decrease")
+            plgpu.set_max_registers(64, action="decrease")
             if not interpret:
                 rows.gather(
                     kv_g,

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from dsparse.kernels.sparse_attention import sparse_attention
+from dsparse.kernels.sparse_attention_decode import pack_cache, sparse_attention_decode, unpack_cache
 
 from benchmarks.kernels import measure
 
@@ -154,6 +155,46 @@ def check(seed: int) -> bool:
     return good
 
 
+def check_decode(seed: int) -> bool:
+    good = True
+    for batch, queries, heads, width, keys, count in ((3, 2, 72, 576, 700, 500), (2, 1, 16, 512, 400, 300)):
+        rng = np.random.default_rng(seed)
+        q = jnp.asarray(rng.standard_normal((batch, queries, heads, width)), jnp.bfloat16)
+        kv = jnp.asarray(rng.standard_normal((batch, keys, width)), jnp.bfloat16)
+        indices = random_indices(rng, (batch, queries, count), keys)
+        indices = jnp.asarray(np.where(rng.random(indices.shape) < 0.3, -1, indices)).at[0, 0].set(-1)
+        sinks = jnp.asarray(rng.standard_normal(heads), jnp.float32)
+        for cache in (kv, pack_cache(kv)) if width == 576 else (kv,):
+            rows = unpack_cache(cache) if cache.dtype == jnp.uint8 else cache
+            wide = (x.astype(jnp.float32) for x in (q, rows))
+            out, lse = jax.jit(reference, static_argnums=4)(*wide, indices, sinks, width**-0.5)
+            decode = jax.jit(
+                lambda q, cache, indices, sinks, width=width: sparse_attention_decode(
+                    q, cache, indices, v_head_dim=V, scale=width**-0.5, sinks=sinks
+                )
+            )
+            out_k, lse_k = decode(q, cache, indices, sinks)
+            errors = measure.relative_error(out_k, out), measure.relative_error(lse_k, lse)
+            good &= errors[0] < 5e-3 and errors[1] < 1e-5
+            print("decode", cache.shape, cache.dtype, "out, lse:", *(f"{e:.1e}" for e in errors), flush=True)
+    return good
+
+
+def decode_times() -> None:
+    for batch in (128,):
+        rng = np.random.default_rng(0)
+        q = jax.random.normal(jax.random.key(0), (batch, 2, 128, 576), jnp.bfloat16)
+        kv = jax.random.normal(jax.random.key(1), (batch, 32768, 576), jnp.bfloat16)
+        indices = jnp.asarray(np.tile(random_indices(rng, (8, 2, 2048), 32768), (batch // 8, 1, 1)))
+        for cache in (kv, jax.jit(pack_cache)(kv)):
+            decode = lambda q, cache, indices: sparse_attention_decode(
+                q, cache, indices, v_head_dim=V, scale=576**-0.5
+            )
+            ms = measure.jax_milliseconds(decode, q, cache, indices)
+            flops = 2 * batch * 2 * 128 * 2048 * (576 + V)
+            print(f"decode {batch} x 2 queries, 32k keys, {cache.dtype!s:9} {ms * 1e3:8.0f} us {flops / ms / 1e9:6.0f} TFLOP/s", flush=True)
+
+
 def times(quick: bool) -> None:
     print(f"{'':26} {'forward ms':>10} {'TFLOP/s':>8} {'x XLA':>6} {'backward ms':>12} {'TFLOP/s':>8} {'x XLA':>6}")
     for name, queries, heads, width, keys, count, with_sinks in SHAPES:
@@ -193,7 +234,8 @@ def main() -> None:
     print(measure.versions())
     if options.check:
         print("seed", options.seed)
-        raise SystemExit(0 if check(options.seed) else 1)
+        raise SystemExit(0 if check_decode(options.seed) and check(options.seed) else 1)
+    decode_times()
     times(options.quick)
 
 

@@ -1,0 +1,87 @@
+"""Sparse attention of a few queries over a cache, bf16 or fp8, with the index lists split over the multiprocessors.
+
+A paged cache is a pool of rows: pass it as one batch entry, [1, pages * page, H], with the sequences along T and
+indices into the pool. The fp8 format is DeepSeek's: 656 bytes a token, of which 512 e4m3 values (the first columns), 4
+float32 scales (each of 128 values) and 64 bf16 values (the rotary columns, unscaled).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import BFloat16, Float, Int, UInt8
+
+from . import mosaic, rows
+from . import sparse_attention_forward as forward_kernel
+from .sparse_attention import check, index_rows, pad_to
+
+E4M3_MAX = 448.0
+BLOCK = 128  # values of a scale
+
+
+def pack_cache(kv: Float[Array, "*lead 576"]) -> UInt8[Array, "*lead 656"]:
+    """Rows in the fp8 cache format."""
+    values = kv[..., :512].astype(jnp.float32).reshape(*kv.shape[:-1], 4, BLOCK)
+    scales = jnp.maximum(jnp.max(jnp.abs(values), -1), 1e-12) / E4M3_MAX
+    quantized = (values / scales[..., None]).astype(jnp.float8_e4m3fn).reshape(*kv.shape[:-1], 512)
+    parts = (quantized, scales, kv[..., 512:].astype(jnp.bfloat16))
+    as_bytes = [lax.bitcast_convert_type(part, jnp.uint8).reshape(*kv.shape[:-1], -1) for part in parts]
+    return jnp.concatenate(as_bytes, axis=-1)
+
+
+def unpack_cache(cache: UInt8[Array, "*lead 656"]) -> BFloat16[Array, "*lead 576"]:
+    """The rows that a cache holds, as the kernel reads them."""
+    lead = cache.shape[:-1]
+    values = lax.bitcast_convert_type(cache[..., :512], jnp.float8_e4m3fn).astype(jnp.float32)
+    scales = lax.bitcast_convert_type(cache[..., 512:528].reshape(*lead, 4, 4), jnp.float32)
+    scaled = (values.reshape(*lead, 4, BLOCK) * scales[..., None]).reshape(*lead, 512).astype(jnp.bfloat16)
+    tail = lax.bitcast_convert_type(cache[..., 528:].reshape(*lead, 64, 2), jnp.bfloat16)
+    return jnp.concatenate([scaled, tail], axis=-1)
+
+
+def sparse_attention_decode(
+    q: BFloat16[Array, "B T N H"],
+    kv: BFloat16[Array, "B S H"] | UInt8[Array, "B S 656"],
+    indices: Int[Array, "B T K"],
+    *,
+    v_head_dim: int,
+    scale: float,
+    sinks: Float[Array, "N"] | None = None,
+) -> tuple[BFloat16[Array, "B T N V"], Float[Array, "B T N"]]:
+    """As `sparse_attention`, without gradients, for so few queries that one block a query would leave the GPU idle.
+
+    Raises:
+      NotImplementedError: for what this kernel does not do, before anything runs.
+    """
+    quantized = kv.dtype == jnp.uint8
+    if quantized and (kv.shape[-1] != rows.FP8_ROW or q.shape[-1] != 576):
+        raise NotImplementedError(f"an fp8 cache has {rows.FP8_ROW} bytes a row of 576, and got {kv.shape[-1]} bytes")
+    stand_in = jax.ShapeDtypeStruct((*kv.shape[:2], q.shape[-1]), q.dtype) if quantized else kv
+    check(q, stand_in, indices, v_head_dim, sinks)
+    batch, queries, heads, head_dim = q.shape
+    blocks = mosaic.num_multiprocessors()
+    head_blocks = mosaic.cdiv(heads, forward_kernel.HEADS)
+    steps = mosaic.cdiv(indices.shape[2], forward_kernel.STEP)
+    splits = max(1, min(steps, blocks // (batch * queries * head_blocks)))
+    part = mosaic.cdiv(steps, splits) * forward_kernel.STEP
+    splits = mosaic.cdiv(indices.shape[2], part)
+
+    lists, used = index_rows(pad_to(indices, 2, part, -1).reshape(batch, queries * splits, part), kv.shape[1], 128)
+    q_rows = jnp.repeat(q.reshape(batch * queries, heads, head_dim), splits, axis=0)
+    sinks = jnp.full(heads, -jnp.inf) if sinks is None else sinks.astype(jnp.float32)
+    own_sinks = sinks if splits == 1 else jnp.full(heads, -jnp.inf)
+    out, lse = forward_kernel.forward(
+        pad_to(q_rows, 1, forward_kernel.HEADS),
+        kv,
+        lists,
+        used,
+        pad_to(own_sinks, 0, forward_kernel.HEADS, -jnp.inf),
+        scale=float(scale),
+        num_blocks=blocks,
+    )
+    out = out[:, :heads].reshape(batch, queries, splits, heads, v_head_dim)
+    lse = lse[:, :heads].reshape(batch, queries, splits, heads)
+    if splits == 1:
+        return out[:, :, 0], lse[:, :, 0]
+    total = jnp.logaddexp(jax.nn.logsumexp(lse, axis=2), sinks)
+    weights = jnp.where(lse > -jnp.inf, jnp.exp(lse - jnp.where(total > -jnp.inf, total, 0.0)[:, :, None]), 0.0)
+    return jnp.einsum("btsn,btsnv->btnv", weights, out.astype(jnp.float32)).astype(q.dtype), total
