@@ -158,7 +158,8 @@ def _sharded_experts(
             x, weights, choice = (jax.lax.all_gather(a, expert_axis, axis=0, tiled=True) for a in (x, weights, choice))
         local = choice - (jax.lax.axis_index(expert_axis) * here if expert_axis else 0)
         local = jnp.where((local >= 0) & (local < here), local, here)  # experts elsewhere add nothing here
-        out = local_experts(x, weights, local, experts, limit)
+        with sharding.use_mesh(None):  # each device on its own
+            out = local_experts(x, weights, local, experts, limit)
         if summed:
             out = jax.lax.psum(out, summed)
         return jax.lax.psum_scatter(out, expert_axis, scatter_dimension=0, tiled=True) if gather else out

@@ -263,7 +263,8 @@ def grouped_matmul(
     implementation: str | None = None,
 ) -> Float[Array, "M F"]:
     """Rows sorted by group times their group's W^T (W is [out, in]); rows past the last group give 0. Differentiable."""
-    return _dispatch("grouped_matmul", implementation, {"xla": grouped.grouped_matmul}, x, weights, group_sizes)
+    choices = {"mosaic_gpu": _kernel("grouped_matmul", "grouped_matmul"), "xla": grouped.grouped_matmul}
+    return _dispatch("grouped_matmul", implementation, choices, x, weights, group_sizes)
 
 
 def expert_mlp(
@@ -279,4 +280,12 @@ def expert_mlp(
 
     limit: clamps gate and up before the activation (`reference.swiglu`).
     """
-    return _dispatch("expert_mlp", implementation, {"xla": grouped.expert_mlp}, x, choice, weights, experts, limit)
+    choices = {"mosaic_gpu": _expert_mlp_kernel, "xla": grouped.expert_mlp}
+    return _dispatch("expert_mlp", implementation, choices, x, choice, weights, experts, limit)
+
+
+def _expert_mlp_kernel(x, choice, weights, experts, limit):
+    if limit is not None or experts.gate_up_scale_inv is not None:
+        raise NotImplementedError("no kernel for clamped activations or 8-bit weights")
+    swiglu, matmul = (_kernel("grouped_matmul", name) for name in ("grouped_swiglu", "grouped_matmul"))
+    return grouped.sorted_expert_mlp(x, choice, weights, experts, swiglu, matmul)
