@@ -18,6 +18,7 @@ from jaxtyping import Array, Int
 
 from dsparse.errors import DsparseError
 from dsparse.model import Cache, Model, check_tokens
+from dsparse.mtp import speculative_generate
 from dsparse.sampling import Sampling, make_sampling, sample
 
 PREFILL_CHUNK = 1024
@@ -39,6 +40,7 @@ def generate(
     seed: int = 0,
     stop_tokens: Sequence[int] | None = None,
     on_token: OnToken | None = None,
+    speculative: str | None = None,
 ) -> Int[np.ndarray, "B max_new_tokens"]:
     """Continue every prompt by up to `max_new_tokens` tokens.
 
@@ -47,6 +49,8 @@ def generate(
     stop_tokens: a row ends after one of these (default: the config's eos_token_id; (): none); the rest of the row is
         pad_token_id, or the stop token where the config has no padding.
     on_token: called after each step with (tokens [B], finished [B]), finished rows repeating the filler.
+    speculative: "mtp" lets the model's multi-token prediction layers draft (greedy decoding only; same tokens in fewer
+        passes). `dsparse.mtp` logs how many drafts were accepted; `dsparse.mtp.speculative_generate` returns it.
 
     Raises:
         DsparseError: a token id outside the vocabulary, an empty prompt, or sampling parameters out of range.
@@ -59,6 +63,11 @@ def generate(
     stop, filler = _stop_tokens(model, stop_tokens)
     graphdef, state = nnx.split(model)
     padded = _pad_prompts(tokens)
+    if speculative is not None:
+        _check_speculative(speculative, temperature, on_token)
+        slots = bucket(padded.shape[1] + max_new_tokens)
+        out, _ = speculative_generate(model, padded, lengths, max_new_tokens, slots, stop.tolist())
+        return _fill_after_stop(out, np.asarray(stop), filler)
     cache = _empty_cache(graphdef, state, len(tokens), bucket(padded.shape[1] + max_new_tokens))
     hidden, cache = prefill(graphdef, state, cache, padded, lengths)
     keys = jax.random.split(jax.random.key(seed), len(tokens))
@@ -75,6 +84,15 @@ def generate(
         step = last
     out = np.array(loop.out[:, :max_new_tokens])
     return _fill_after_stop(out, np.asarray(stop), filler)
+
+
+def _check_speculative(speculative: str, temperature: float, on_token: OnToken | None) -> None:
+    if speculative != "mtp":
+        raise DsparseError(f"speculative {speculative!r} is not supported (mtp)")
+    if temperature:
+        raise DsparseError("speculative decoding is greedy: leave temperature at 0")
+    if on_token:
+        raise DsparseError("speculative decoding does not stream: leave on_token out")
 
 
 def bucket(size: int, smallest: int = 64) -> int:

@@ -106,18 +106,9 @@ class Model(nnx.Module):
 
     def _run(self, tokens, positions, segment_ids, cache=None, slots=None, **flags: bool):
         """`hidden_states` with every layer's report instead of the routings. flags: static fields of `Context`."""
-        if positions is None:
-            positions = default_positions(tokens, segment_ids)
-        tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
-        segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
         with use_mesh(self.mesh):
-            tokens = constrain(tokens, "batch", None)
-            rope = rope_cos_sin(self.config.rope_parameters, self.config.qk_rope_head_dim, positions)
-            compress_rope = self.config.compress_rope_parameters
-            if compress_rope is not None:
-                compress_rope = rope_cos_sin(compress_rope, self.config.qk_rope_head_dim, positions)
-            slots = positions if slots is None else slots
-            context = Context(tokens, positions, slots, segment_ids, rope, compress_rope, **flags)
+            context = self.context(tokens, positions, segment_ids, slots, **flags)
+            tokens = context.tokens
             table = constrain(self.embed_tokens.weight[...], "vocab", None)  # rows whole: fsdp may split the batch too
             x = constrain(table[tokens].astype(self.dtype), "batch", None, None)
             if self.hc_head is not None:
@@ -131,6 +122,28 @@ class Model(nnx.Module):
             if self.hc_head is not None:
                 x = self.hc_head(x)
         return x, None if cache is None else new_cache, reports
+
+    def context(
+        self,
+        tokens: Int[AnyArray, "B T"],
+        positions: Int[AnyArray, "B T"] | None,
+        segment_ids: Int[AnyArray, "B T"] | None,
+        slots: Int[AnyArray, "B T"] | None = None,
+        **flags: bool,
+    ) -> Context:
+        """What the layers look at besides the hidden state. flags: static fields of `Context`."""
+        if positions is None:
+            positions = default_positions(tokens, segment_ids)
+        tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
+        segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
+        slots = positions if slots is None else jnp.asarray(slots)
+        c = self.config
+        rope = rope_cos_sin(c.rope_parameters, c.qk_rope_head_dim, positions)
+        compress_rope = None
+        if c.compress_rope_parameters is not None:
+            compress_rope = rope_cos_sin(c.compress_rope_parameters, c.qk_rope_head_dim, positions)
+        tokens = constrain(tokens, "batch", None)
+        return Context(tokens, positions, slots, segment_ids, rope, compress_rope, **flags)
 
     def selections(
         self, tokens: Int[AnyArray, "B T"], segment_ids: Int[AnyArray, "B T"] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float
 
+from dsparse import mtp
 from dsparse.errors import DsparseError
 from dsparse.model import Model
 from dsparse.moe import MixtureOfExperts
@@ -25,7 +27,7 @@ Arrays = dict[str, Array]  # by dotted path in the model, such as "stacks.0.bloc
 Metrics = dict[str, Any]
 Step = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
 
-UNTRAINED = ("mtp", "indexer")  # parts of the model that the next-token loss gives no gradient
+UNTRAINED = ("mtp", "indexer")  # parts of the model that the next-token loss gives no gradient (mtp has its own loss)
 
 
 class TrainState(NamedTuple):
@@ -54,7 +56,7 @@ def make_train_step(model: Model, config: TrainConfig) -> tuple[TrainState, Step
     model.dtype, model.remat = jnp.dtype(config.dtype), config.remat
     graphdef, _ = nnx.split(model)
     variables = named_variables(model)
-    trained = [name for name, variable in variables.items() if is_trained(name, variable)]
+    trained = [name for name, variable in variables.items() if is_trained(name, variable, bool(config.mtp_loss_weight))]
     params = {name: variables[name][...] for name in trained}
     frozen = {name: variable[...] for name, variable in variables.items() if name not in params}
     schedule = learning_rate_schedule(config)
@@ -76,7 +78,7 @@ def _check(model: Model, config: TrainConfig) -> None:
             f"(batch_size {config.batch_size} / gradient_accumulation {config.gradient_accumulation})"
         )
     if config.mtp_loss_weight:
-        raise DsparseError("training option mtp_loss_weight: this model has no multi-token prediction layers to train")
+        mtp.check(model)
 
 
 def named_variables(model: Model) -> dict[str, nnx.Variable]:
@@ -95,9 +97,10 @@ def write_back(model: Model, state: TrainState) -> None:
     nnx.update(model, nnx.state(merge(nnx.split(model)[0], state.params | state.frozen)))
 
 
-def is_trained(name: str, variable: nnx.Variable) -> bool:
+def is_trained(name: str, variable: nnx.Variable, train_mtp: bool = False) -> bool:
     """Buffers and parts that get no gradient are neither trained nor decayed."""
-    return type(variable) is nnx.Param and not set(name.split(".")) & set(UNTRAINED)
+    untrained = set(UNTRAINED) - ({"mtp"} if train_mtp else set())
+    return type(variable) is nnx.Param and not set(name.split(".")) & untrained
 
 
 def is_decayed(name: str, variable: nnx.Variable) -> bool:
@@ -216,15 +219,15 @@ class _Update:
         model = merge(self.graphdef, params | frozen)
         hidden, _, routings = model.hidden_states(batch.tokens, segment_ids=batch.segment_ids)
         with use_mesh(model.mesh):
-            loss = cross_entropy(
-                model.norm(hidden),
-                model.head_weight(),
-                batch.targets,
-                batch.weights / total,
-                batch_ways=batch_ways(model.mesh),
-            )
+            summed = functools.partial(cross_entropy, batch_ways=batch_ways(model.mesh))
+            normed, weights = model.norm(hidden), batch.weights / total
+            loss = summed(normed, model.head_weight(), batch.targets, weights)
+            mtp_loss = jnp.zeros(())
+            if self.config.mtp_loss_weight:
+                mtp_loss = mtp.loss(model, normed, batch.targets, weights, batch.segment_ids, summed)
         balance = sum((jnp.sum(routing.balance_loss) for routing in routings), start=jnp.zeros(()))
         objective = loss + balance * (self.config.balance_loss_weight / self.config.gradient_accumulation)
+        objective += self.config.mtp_loss_weight * mtp_loss
         return objective, (loss, balance, [routing.load for routing in routings])
 
     def balanced_biases(self, frozen: Arrays, loads: list[Float[Array, "layers E"]]) -> Arrays:
