@@ -49,6 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="print what a checkpoint is made of")
     inspect.add_argument("path", metavar="PATH")
+    inspect.add_argument("--text", help="show which of its tokens each layer selects")
+    inspect.add_argument("--heat-map", metavar="PNG", help="draw what each layer selects in --text")
     inspect.add_argument("--json", action="store_true")
     inspect.set_defaults(run=run_inspect)
 
@@ -106,7 +108,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
 def run_inspect(arguments: argparse.Namespace) -> None:
     from dsparse.inspect import inspect_checkpoint
 
-    report = inspect_checkpoint(Path(arguments.path))
+    report = inspect_checkpoint(Path(arguments.path), arguments.text, heat_map=arguments.heat_map)
     print(json.dumps(dataclasses.asdict(report), indent=2) if arguments.json else report)
 
 

@@ -1,0 +1,298 @@
+"""What a checkpoint is made of: layers, parameters, cache and attention costs, and the tokens its layers select."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsparse.blocks import MIXERS
+from dsparse.config import LayerSpec, ModelConfig
+from dsparse.errors import DsparseError
+from dsparse.model import Model
+
+LENGTHS = (1024, 8192, 32768, 131072)
+CACHE_SPAN = 1 << 16  # tokens over which the cost of one more cached token is measured
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """Layers of one kind. kind: mixer and MLP. parameters: of all of them. cache_bytes: a token and layer.
+
+    attention_flops: of one layer for one token at each of the report's lengths, a multiply-add counting two.
+    """
+
+    kind: str
+    layers: tuple[int, ...]
+    parameters: int
+    cache_bytes: float
+    attention_flops: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What one layer selects: for each query of `tokens`, positions of tokens (of entries in layers that compress)."""
+
+    layer: int
+    indices: list[list[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Parameters count each weight once; active ones are those a token passes through (the head, but no embedding)."""
+
+    path: str
+    model_type: str
+    parameters: int
+    active_parameters: int
+    mtp_parameters: int
+    stored_bytes: int
+    cache_bytes_per_token: float
+    lengths: tuple[int, ...]
+    kinds: tuple[Layers, ...]
+    tokens: list[str] = dataclasses.field(default_factory=list)
+    selections: list[Selection] = dataclasses.field(default_factory=list)
+
+    def __str__(self) -> str:
+        return "\n".join([*_summary(self), "", *_layer_table(self), *_selection_table(self)])
+
+
+def inspect_checkpoint(
+    path: str | Path, text: str | None = None, lengths: Sequence[int] = LENGTHS, heat_map: str | Path | None = None
+) -> Report:
+    """Describe the checkpoint in `path`; its weights are read only for `text`.
+
+    text: show which of its tokens each layer selects for each of them. heat_map: draw that into this PNG file.
+
+    Raises:
+        DsparseError: the checkpoint does not fit its config, or a heat map is asked for without text or selections.
+    """
+    from dsparse.checkpoints.plan import make_plan
+    from dsparse.checkpoints.sources import open_checkpoint
+
+    source = open_checkpoint(Path(path))
+    with source.files as files:
+        plan = make_plan(files, source.config, source.layout, source.origin, None, None)
+    report = describe(nnx.merge(plan.graphdef, plan.state), tuple(lengths), str(path))
+    if text is not None:
+        report = _with_selections(report, Path(path), text)
+    if heat_map is not None:
+        draw_selections(report, Path(heat_map))
+    return report
+
+
+def describe(model: Model, lengths: tuple[int, ...] = LENGTHS, path: str = "") -> Report:
+    """The report of a model, which may be abstract."""
+    config, sizes = model.config, list(_parameters(model))
+    kinds: dict[LayerSpec, list[int]] = {}
+    for number, spec in enumerate(config.layers):
+        kinds.setdefault(spec, []).append(number)
+    described = tuple(
+        Layers(
+            _kind(spec),
+            tuple(layers),
+            sum(size for size, layer, _, _ in sizes if layer in layers),
+            cache_bytes(config, spec, model.dtype),
+            tuple(attention_flops(config, spec, length) for length in lengths),
+        )
+        for spec, layers in kinds.items()
+    )
+    return Report(
+        path=path,
+        model_type=config.model_type,
+        parameters=sum(size for size, layer, _, _ in sizes if layer != "mtp"),
+        active_parameters=round(sum(size * share for size, layer, share, _ in sizes if layer != "mtp")),
+        mtp_parameters=sum(size for size, layer, _, _ in sizes if layer == "mtp"),
+        stored_bytes=sum(nbytes for *_, nbytes in sizes),
+        cache_bytes_per_token=sum(kind.cache_bytes * len(kind.layers) for kind in described),
+        lengths=lengths,
+        kinds=described,
+    )
+
+
+def _parameters(model: Model) -> Iterator[tuple[int, int | str, float, int]]:
+    """(weights, layer, share of them a token passes through, bytes) of each parameter; block scales are no weights."""
+    config = model.config
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        shape, itemsize = variable.shape, variable.dtype.itemsize
+        weights = 0 if str(path[-1]).endswith("_scale_inv") else 1
+        share = config.num_experts_per_tok / config.n_routed_experts if "experts" in path else 1.0
+        if path[0] == "embed_tokens" and not config.tie_word_embeddings:
+            share = 0.0
+        if path[0] != "stacks":
+            size = math.prod(shape)
+            yield weights * size, "mtp" if path[0] == "mtp" else "top", share, size * itemsize
+            continue
+        run, size = model.runs[path[1]], math.prod(shape[1:])
+        for repeat in range(run.repeats):
+            yield weights * size, run.start + repeat * run.pattern + path[3], share, size * itemsize
+
+
+def _kind(spec: LayerSpec) -> str:
+    parts = [spec.mixer]
+    if spec.indexer:
+        parts.append(f"{spec.indexer} indexer")
+    if spec.index_topk:
+        parts.append(f"top-{spec.index_topk}")
+    if spec.compress_rate:
+        parts.append(f"1/{spec.compress_rate}")
+    return ", ".join(parts) + {"dense": " + MLP", "sparse": " + MoE", "hash_moe": " + hash MoE"}[spec.mlp]
+
+
+def cache_bytes(config: ModelConfig, spec: LayerSpec, dtype) -> float:
+    """Bytes by which a layer's cache grows with one more token."""
+
+    def size(slots: int) -> int:
+        cache = jax.eval_shape(lambda: MIXERS[spec.mixer].init_cache(config, spec, 1, 1, slots, dtype))
+        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache))
+
+    return (size(2 * CACHE_SPAN) - size(CACHE_SPAN)) / CACHE_SPAN
+
+
+def attention_flops(config: ModelConfig, spec: LayerSpec, length: int) -> int:
+    """Operations of scores and values for the token at position `length` - 1, indexer included, projections not.
+
+    Latent attention is counted as it decodes: in latent space.
+    """
+    c, heads = config, config.num_attention_heads
+    if spec.mixer in ("full_attention", "indexed_attention"):
+        key, value = c.kv_lora_rank + c.qk_rope_head_dim, c.kv_lora_rank
+        attended = length if spec.index_topk is None else min(length, spec.index_topk)
+        scored = length if spec.indexer == "full" and length > spec.index_topk else 0
+    else:
+        key = value = c.head_dim
+        entries = length // spec.compress_rate if spec.compress_rate else 0
+        scored = entries if spec.index_topk is not None and entries > spec.index_topk else 0
+        chosen = entries if spec.index_topk is None else min(entries, spec.index_topk)
+        attended = min(length, c.sliding_window) + chosen
+    return 2 * heads * (key + value) * attended + 2 * c.index_n_heads * (c.index_head_dim + 1) * scored
+
+
+# ---- selections -----------------------------------------------------------------------------------------------------
+
+
+def _with_selections(report: Report, path: Path, text: str) -> Report:
+    from dsparse.pretrained import from_pretrained
+    from dsparse.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(path)
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise DsparseError("the text is empty: give at least one token")
+    model = from_pretrained(path)
+    graphdef, state = nnx.split(model)
+    run = jax.jit(lambda state, tokens: nnx.merge(graphdef, state).selections(tokens))
+    selected = run(state, jnp.asarray([ids], jnp.int32))
+    found = [
+        Selection(layer, [sorted(int(i) for i in row if i >= 0) for row in np.asarray(indices[0])])
+        for layer, indices in enumerate(selected)
+        if indices is not None
+    ]
+    return dataclasses.replace(report, tokens=[tokenizer.decode([i]) for i in ids], selections=found)
+
+
+def draw_selections(report: Report, file: Path) -> None:
+    """One panel a layer: queries downwards, the tokens they select to the right."""
+    if not report.selections:
+        raise DsparseError("nothing to draw: no layer selects among so few tokens (give a text longer than index_topk)")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DsparseError("heat maps need matplotlib: pip install 'dsparse[plots]'") from error
+    columns = min(3, len(report.selections))
+    rows = -(-len(report.selections) // columns)
+    figure = Figure(figsize=(4 * columns, 4 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for panel, selection in zip(panels, report.selections, strict=False):
+        panel.imshow(selected_mask(selection), cmap="Blues", interpolation="nearest", vmin=0, vmax=1)
+        panel.set_title(f"layer {selection.layer}")
+        panel.set_xlabel("selected")
+        panel.set_ylabel("query")
+    for panel in panels[len(report.selections) :]:
+        panel.axis("off")
+    figure.savefig(file, dpi=100)
+
+
+def selected_mask(selection: Selection) -> np.ndarray:
+    """bool [T, S]: query t selects s."""
+    width = max((row[-1] for row in selection.indices if row), default=0) + 1
+    mask = np.zeros((len(selection.indices), width), bool)
+    for query, row in enumerate(selection.indices):
+        mask[query, row] = True
+    return mask
+
+
+# ---- text -----------------------------------------------------------------------------------------------------------
+
+
+def _number(value: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.2f}{unit}"
+    return f"{value:g}"
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """0-3,5 for [0, 1, 2, 3, 5]."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def _summary(report: Report) -> list[str]:
+    active = 100 * report.active_parameters / report.parameters
+    lines = [
+        f"{report.path or 'model'}: {report.model_type}, {sum(len(kind.layers) for kind in report.kinds)} layers",
+        f"parameters: {_number(report.parameters)}, active per token: {_number(report.active_parameters)} ({active:.1f}%)",
+        f"stored: {_number(report.stored_bytes)} bytes",
+        f"cache: {report.cache_bytes_per_token:g} bytes per token in all layers",
+    ]
+    if report.mtp_parameters:
+        lines.insert(2, f"multi-token prediction: {_number(report.mtp_parameters)} parameters more")
+    return lines
+
+
+def _layer_table(report: Report) -> list[str]:
+    header = ["kind", "layers", "parameters", "cache B/token", *(f"attention FLOPs at {n}" for n in report.lengths)]
+    rows = [
+        [
+            kind.kind, f"{len(kind.layers)} ({_spans(kind.layers)})", _number(kind.parameters), f"{kind.cache_bytes:g}",
+            *(_number(flops) for flops in kind.attention_flops),
+        ]
+        for kind in report.kinds
+    ]  # fmt: skip
+    totals = [sum(k.attention_flops[i] * len(k.layers) for k in report.kinds) for i in range(len(report.lengths))]
+    layers = sum(len(kind.layers) for kind in report.kinds)
+    parameters = _number(sum(kind.parameters for kind in report.kinds))
+    rows.append(["all", str(layers), parameters, f"{report.cache_bytes_per_token:g}", *(_number(total) for total in totals)])
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
+
+
+SHOWN = 12  # tokens the table names for a layer
+
+
+def _selection_table(report: Report) -> list[str]:
+    if not report.tokens:
+        return []
+    if not report.selections:
+        return ["", f"no layer selects among {len(report.tokens)} tokens: every top-k covers them"]
+    lines = ["", f"selected by the last of {len(report.tokens)} tokens, nearest first (and by how many queries each layer's most"]
+    lines[-1] += " selected token is)"
+    for selection in report.selections:
+        last = selection.indices[-1][::-1]
+        named = [f"{i}:{report.tokens[i]!r}" if i < len(report.tokens) else str(i) for i in last[:SHOWN]]
+        counts = selected_mask(selection).sum(axis=0)
+        more = f" and {len(last) - SHOWN} more" if len(last) > SHOWN else ""
+        lines.append(f"layer {selection.layer}: {' '.join(named)}{more} ({int(counts.argmax())}: {int(counts.max())})")
+    return lines
