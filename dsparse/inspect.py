@@ -231,7 +231,7 @@ def selected_mask(selection: Selection) -> np.ndarray:
 # ---- text -----------------------------------------------------------------------------------------------------------
 
 
-def _number(value: float) -> str:
+def _number(value: float | int) -> str:
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.2f}{unit}"
