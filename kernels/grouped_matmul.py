@@ -24,7 +24,7 @@ from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
-from jaxtyping import Array, BFloat16, Int
+from jaxtyping import Array, Float, Int
 
 from dsparse.kernels import mosaic
 from dsparse.kernels.grouped_matmul_wgrad import grouped_wgrad
@@ -33,23 +33,21 @@ SM_COUNT = 132
 TILE_K = 64  # 128 bytes of bfloat16: one swizzle row
 ROW_ALIGNMENT = 8  # TMA addresses a tile by whole swizzle atoms of 8 rows
 ROW_STEP = 16  # rows of a group's tiles are multiples of this
-WIDTHS = (64, 128, 192, 224, 256)  # rows a tile may be multiplied with, besides the tiling's most
+WIDTHS = (64, 128, 192, 224, 256, 272)  # rows a tile may be multiplied with, besides the tiling's most
 BOXES = (64, 128, 256)  # rows a load may take, besides the tiling's most
 STAGED_ROWS = 64  # rows of the output that pass through shared memory at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Output columns (over both consumer warpgroups) and most rows of a tile; stages of the load pipeline."""
+    """Output columns and most rows (over both multiplying warpgroups) of a tile; stages of the load pipeline."""
 
     columns: int
     rows: int
     stages: int
-    split_rows: bool  # warpgroups share a tile's columns and halve its rows, or the other way round
 
 
-TALL = Tiling(columns=128, rows=288, stages=4, split_rows=True)
-NARROW = Tiling(columns=128, rows=256, stages=4, split_rows=False)
+TALL = Tiling(columns=128, rows=288, stages=4)
 
 
 def row_tiles(
@@ -188,11 +186,11 @@ def _weight_gradient(dy, x, group_sizes, interpret: bool):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(
-    x: BFloat16[Array, "M D"],
-    weights: BFloat16[Array, "E F D"],
+    x: Float[Array, "M D"],
+    weights: Float[Array, "E F D"],
     group_sizes: Int[Array, " E"],
     interpret: bool = False,
-) -> BFloat16[Array, "M F"]:
+) -> Float[Array, "M F"]:
     """out[rows of e] = x[rows of e] @ weights[e].T, rows sorted by group; 0 past the last group's rows.
 
     `sum(group_sizes)` is at most M; groups may be empty. F and D are multiples of 64 from 128. Differentiable in x and
@@ -218,11 +216,11 @@ grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_swiglu(
-    x: BFloat16[Array, "M D"],
-    weights: BFloat16[Array, "E 2 F D"],
+    x: Float[Array, "M D"],
+    weights: Float[Array, "E 2 F D"],
     group_sizes: Int[Array, " E"],
     interpret: bool = False,
-) -> BFloat16[Array, "M F"]:
+) -> Float[Array, "M F"]:
     """silu(x @ gate[e].T) * (x @ up[e].T), rows sorted by group, `weights[e]` = (gate, up); 0 past the last group.
 
     Limits as in `grouped_matmul`. The backward recomputes gate and up.
@@ -255,8 +253,8 @@ grouped_swiglu.defvjp(_grouped_swiglu_fwd, _grouped_swiglu_bwd)
 
 
 def _tiles_kernel(
-    x: BFloat16[Array, "M K"],
-    weights: BFloat16[Array, "E ..."],
+    x: Float[Array, "M K"],
+    weights: Float[Array, "E ..."],
     group_sizes: Int[Array, " E"],
     *,
     out_columns: int,
@@ -264,16 +262,16 @@ def _tiles_kernel(
     swiglu: bool,
     tiling: Tiling,
     interpret: bool,
-) -> BFloat16[Array, "M out_columns"]:
-    """The persistent kernel. `weights[e]` is [out_columns, K]; transposed: [K, out_columns]; swiglu: [2, out_columns, K].
+) -> Float[Array, "M out_columns"]:
+    """The persistent kernel.
 
-    Warpgroup 2 loads; 0 and 1 multiply, each half of the tile's columns.
+    `weights[e]` is [out_columns, K], [K, out_columns] if transposed, or [2, out_columns, K] for swiglu. Warpgroup 2
+    loads; 0 and 1 multiply, each half of a tile's rows.
     """
     rows, depth = x.shape
     groups = weights.shape[0]
     steps = depth // TILE_K
     loaded_columns = tiling.columns * (2 if swiglu else 1)
-    wg_columns = loaded_columns if tiling.split_rows else loaded_columns // 2
     column_tiles = mosaic.cdiv(out_columns, tiling.columns)
     widths = [*(width for width in WIDTHS if width < tiling.rows), tiling.rows]
     stages = tiling.stages
@@ -347,7 +345,7 @@ def _tiles_kernel(
             return w_s.at[slot, pl.ds(first, size)]
 
         def store(values, tile, wanted, column, skipped):
-            """values[j]: [64, width], the 64 columns from `column + 64 * j`, of rows `skipped` behind the tile's base."""
+            """values[j]: [64, width], 64 columns from `column + 64 * j`, of rows `skipped` behind the tile's base."""
             base, first, end = (tiles_g[tile, c] for c in (1, 2, 3))
             for j, value in enumerate(values):
                 at = column + 64 * j
@@ -370,16 +368,14 @@ def _tiles_kernel(
             wanted_width = jnp.where(outside, 0, end - base)
 
             def product(width, *accs):
-                first_row, first_column = (wg * width, 0) if tiling.split_rows else (0, wg)
+                """Products with the `width` rows that are this warpgroup's half."""
 
                 def body(k, _):
                     slot = lax.rem(step + k, stages)
                     plgpu.barrier_wait(full.at[slot])
-                    right = x_s.at[slot, pl.ds(first_row, width)].transpose((1, 0))
+                    right = x_s.at[slot, pl.ds(wg * width, width)].transpose((1, 0))
                     for i, acc in enumerate(accs):
-                        size = acc.shape[0]
-                        at = i * tiling.columns + first_column * size
-                        plgpu.wgmma(acc, left_operand(slot, at, size), right)
+                        plgpu.wgmma(acc, left_operand(slot, i * tiling.columns, tiling.columns), right)
                     plgpu.wgmma_wait(len(accs))
 
                     @pl.when(k > 0)
@@ -397,11 +393,9 @@ def _tiles_kernel(
 
                 @pl.when((wanted_width > narrower) & (wanted_width <= width))
                 def _(width=width):
-                    # Rows, or columns, that are this warpgroup's.
-                    width, skipped = (width // 2, wg * (width // 2)) if tiling.split_rows else (width, 0)
-                    out_at = column if tiling.split_rows else column + wg * (tiling.columns // 2)
-                    accs = [plgpu.ACC((wg_columns // (1 + swiglu), width), jnp.float32)] * (1 + swiglu)
-                    values = pl.run_scoped(lambda *accs: product(width, *accs), *accs)
+                    half = width // 2
+                    accs = [plgpu.ACC((tiling.columns, half), jnp.float32)] * (1 + swiglu)
+                    values = pl.run_scoped(lambda *accs: product(half, *accs), *accs)
                     if swiglu:
                         gate, up = values
                         value = gate / (1 + jnp.exp(-gate)) * up
@@ -409,7 +403,7 @@ def _tiles_kernel(
                         (value,) = values
                     value = value.astype(x.dtype)
                     parts = [value[j : j + 64] for j in range(0, value.shape[0], 64)]
-                    store(parts, tile, wanted, out_at, skipped)
+                    store(parts, tile, wanted, column, wg * half)
 
             @pl.when(outside)
             def _():

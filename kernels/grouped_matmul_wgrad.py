@@ -1,11 +1,11 @@
-"""Weight gradient of a grouped matmul on Hopper: out[e] = dy[rows of e].T @ x[rows of e], exact zeros if there are none."""
+"""Weight gradient of a grouped matmul on Hopper: out[e] = dy[rows of e].T @ x[rows of e], zeros if there are none."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Int
+from jaxtyping import Array, Float, Int
 
 from dsparse.kernels import mosaic, simt
 from dsparse.kernels.simt import U32
@@ -45,8 +45,8 @@ def _clear_rows(tile, low, high, width: int, interpret: bool) -> None:
 
 
 def grouped_wgrad(
-    dy: BFloat16[Array, "M F"], x: BFloat16[Array, "M D"], group_sizes: Int[Array, " E"], *, interpret: bool = False
-) -> BFloat16[Array, "E F D"]:
+    dy: Float[Array, "M F"], x: Float[Array, "M D"], group_sizes: Int[Array, " E"], *, interpret: bool = False
+) -> Float[Array, "E F D"]:
     """M is a multiple of 8 and at least 64, F and D multiples of 64 and at least 128.
 
     `x` may hold anything past the last group's rows; `dy` must be finite there.

@@ -128,7 +128,7 @@ def load(base: ir.Value, index: U32) -> U32:
     return U32(llvm.load(_i32(), _element(base, index)))
 
 
-def store(base: ir.Value, index: U32, value: U32) -> None:
+def store(base: ir.Value, index: U32, value: U32 | int) -> None:
     llvm.store(U32(value).value, _element(base, index))
 
 

@@ -20,8 +20,10 @@ ROWS = 112
 def small_tiles(monkeypatch):
     """Tiles small enough to interpret; several to a group."""
     monkeypatch.setattr(gm, "TALL", dataclasses.replace(gm.TALL, rows=32, stages=2))
-    for name, value in {"ROWS": 64, "WIDTHS": (32, 64), "PART_ROWS": 32, "STAGES": 2}.items():
-        monkeypatch.setattr(quantized, name, value)
+    monkeypatch.setattr(quantized, "STAGES", 2)
+    for name, widths in {"FP8": (32, 64), "INT8": (48, 96)}.items():
+        small = {"widths": widths, "boxes": widths, "scale_boxes": ((0, widths[-1]),), "part_rows": 32}
+        monkeypatch.setattr(quantized, name, dataclasses.replace(getattr(quantized, name), **small))
     with mosaic.assume_hopper():
         yield
 
@@ -85,7 +87,8 @@ def test_fp8(small_tiles):
 
 def test_int8(small_tiles):
     x, weights = (
-        jax.random.randint(jax.random.key(i), s, -127, 128, jnp.int8) for i, s in enumerate([(ROWS, 256), (4, 128, 256)])
+        jax.random.randint(jax.random.key(i), s, -127, 128, jnp.int8)
+        for i, s in enumerate([(ROWS, 256), (4, 128, 256)])
     )
     x_scale, w_scale = (jax.random.uniform(jax.random.key(2 + i), s) for i, s in enumerate([(ROWS,), (4, 128)]))
     out = quantized.grouped_matmul_int8(x, x_scale, weights, w_scale, jnp.array(SIZES), interpret=True)
@@ -146,8 +149,9 @@ def test_compiles(monkeypatch, function, rows, weights):
 
 @pytest.mark.parametrize("name", ["fp8", "int8"])
 def test_quantized_compiles(monkeypatch, name):
-    monkeypatch.setattr(quantized, "WIDTHS", (64, 256))
     fp8 = name == "fp8"
+    tiling = getattr(quantized, name.upper())
+    monkeypatch.setattr(quantized, name.upper(), dataclasses.replace(tiling, widths=tiling.widths[-1:]))
     dtype = jnp.float8_e4m3fn if fp8 else jnp.int8
     scales = ((4096, 4), (16, 8, 4)) if fp8 else ((4096,), (16, 1024))
     check_compiled(
