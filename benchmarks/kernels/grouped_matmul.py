@@ -2,6 +2,7 @@
 
 import argparse
 import concurrent.futures
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,10 @@ def swiglu_reference(x, weights, sizes, dy):
     return gate * sigmoid * up, d_x_gate + d_x_up, np.stack([d_w_gate, d_w_up], axis=1)
 
 
+def run_product(function, sizes, x, weights):
+    return function(x, weights, sizes)
+
+
 def check(chosen: list[int]) -> None:
     cases = [
         (2, 512, 256, 256, "routed", 0),
@@ -74,7 +79,7 @@ def check(chosen: list[int]) -> None:
             ("swiglu", gm.grouped_swiglu, swiglu_reference, (groups, 2, width, depth)),
         ):
             weights = normal(case + 200, shape, depth**-0.5)
-            out, pull = jax.vjp(lambda x, w, f=function, n=jnp.asarray(sizes): f(x, w, n), x, weights)
+            out, pull = jax.vjp(functools.partial(run_product, function, jnp.asarray(sizes)), x, weights)
             got = out, *pull(dy)
             plain = (np.asarray(a.astype(jnp.float32)) for a in (jnp.nan_to_num(x), weights))
             want = reference_function(*plain, sizes, np.asarray(dy.astype(jnp.float32)))
@@ -182,7 +187,7 @@ def main() -> None:
         "--check", nargs="*", type=int, metavar="CASE", help="only compare with references (all cases or these)"
     )
     parser.add_argument("--only", nargs="*", choices=FUNCTIONS, default=list(FUNCTIONS), help="products to time")
-    parser.add_argument("--shapes", nargs="*", type=int, default=range(len(SHAPES)), help="numbers of the shapes to time")
+    parser.add_argument("--shapes", nargs="*", type=int, default=range(len(SHAPES)), help="the shapes to time, from 0")
     arguments = parser.parse_args()
     print(measure.versions())
     if arguments.check is not None:
@@ -200,7 +205,7 @@ def main() -> None:
             for kind in ("even", "routed"):
                 sizes = jnp.asarray(sizes_of(groups, rows, kind))
                 call = compiled[shape, name]
-                times = {"": measure.milliseconds(lambda: call(*values, sizes), jax.block_until_ready)}
+                times = {"": measure.milliseconds(functools.partial(call, *values, sizes), jax.block_until_ready)}
                 if name == "forward":
                     times[" torch"] = torch_milliseconds(values, sizes)
                 line += [

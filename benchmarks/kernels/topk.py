@@ -76,7 +76,7 @@ def main() -> None:
         ties = measure.jax_milliseconds(lambda s, k=k: topk(s, k), relu)
         xla = measure.jax_milliseconds(lambda s, k=k: jax.lax.top_k(s, k)[1], scores)
         scores_torch = measure.to_torch(scores)
-        torch_ms = measure.torch_milliseconds(lambda k=k: torch.topk(scores_torch, k, sorted=False))
+        torch_ms = measure.torch_milliseconds(lambda s=scores_torch, k=k: torch.topk(s, k, sorted=False))
         floor = scores.nbytes / 3e9
         print(
             f"{rows} rows, {k} of {width}: {ours:.3f} ms (ties {ties:.3f}), torch {torch_ms:.3f}, XLA {xla:.3f}, "
