@@ -41,7 +41,7 @@ def require_hopper() -> None:
         )
 
 
-def swizzled(dtype: jnp.dtype) -> tuple[plgpu.Transform, ...]:
+def swizzled(dtype) -> tuple:
     """The transforms of an SMEM tile that wgmma reads: rows of 8, 128 bytes wide, 128-byte swizzle."""
     return (
         plgpu.TilingTransform((8, SWIZZLE_BYTES // jnp.dtype(dtype).itemsize)),

@@ -56,7 +56,7 @@ red.global.add.u64 [$0+OFFSET], whole;
 }"""
 
 
-def _i32(value: int) -> ir.Value:
+def _i32(value: int):
     kind = ir.IntegerType.get_signless(32)
     return arith.constant(kind, ir.IntegerAttr.get(kind, value))
 
@@ -109,7 +109,7 @@ class Part:
         return 0 in self.chunks
 
 
-def barrier_scratch(parts: Sequence[Part]) -> plgpu.SMEM:
+def barrier_scratch(parts: Sequence[Part]):
     """Shared memory for the barriers of `parts`: one that says full, one that says free."""
     return plgpu.SMEM((4 * len(parts),), jnp.int32)
 

@@ -20,13 +20,13 @@ _UNIT_BITS = 35  # fixed point below the largest gradient; the 28 bits above it 
 
 
 def sparse_attention(
-    q: BFloat16[Array, "B T N H"],
-    kv: BFloat16[Array, "B S H"],
+    q: Float[Array, "B T N H"],
+    kv: Float[Array, "B S H"],
     indices: Int[Array, "B T K"],
     *,
     v_head_dim: int,
     scale: float,
-    sinks: Float[Array, "N"] | None = None,
+    sinks: Float[Array, " N"] | None = None,
     deterministic: bool = False,
 ) -> tuple[BFloat16[Array, "B T N V"], Float[Array, "B T N"]]:
     """Attention of each query over `kv[b, indices[b, t]]`; differentiable in q, kv and sinks.

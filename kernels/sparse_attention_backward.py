@@ -16,7 +16,6 @@ from . import mosaic, rows
 from .sparse_attention_forward import HALF, HEADS, LOG2_E, V_DIM
 
 STEP = rows.ROWS  # keys of a loop step
-LEFT_COLUMNS = 64
 
 
 def backward(q, kv, indices, steps, dout, lse, delta, unit, *, scale: float, deterministic: bool):
@@ -46,7 +45,7 @@ def backward(q, kv, indices, steps, dout, lse, delta, unit, *, scale: float, det
     parts = (rows.Part(0, tuple(range(4))), rows.Part(0, tuple(range(4, 8)) + tail))
     layout = plgpu.Layout.WGMMA
     # Columns of dKV at once: as many as registers allow beside those of dQ.
-    left_columns, right_columns = LEFT_COLUMNS, 64
+    left_columns, right_columns = 128, 64 if has_tail else 128
 
     def spread(vector, like, dim):
         return lax.broadcast_in_dim(vector, like.shape, [dim])

@@ -39,13 +39,13 @@ def unpack_cache(cache: UInt8[Array, "*lead 656"]) -> BFloat16[Array, "*lead 576
 
 
 def sparse_attention_decode(
-    q: BFloat16[Array, "B T N H"],
-    kv: BFloat16[Array, "B S H"] | UInt8[Array, "B S 656"],
+    q: Float[Array, "B T N H"],
+    kv: Float[Array, "B S H"] | UInt8[Array, "B S 656"],
     indices: Int[Array, "B T K"],
     *,
     v_head_dim: int,
     scale: float,
-    sinks: Float[Array, "N"] | None = None,
+    sinks: Float[Array, " N"] | None = None,
 ) -> tuple[BFloat16[Array, "B T N V"], Float[Array, "B T N"]]:
     """As `sparse_attention`, without gradients, for so few queries that one block a query would leave the GPU idle.
 

@@ -59,6 +59,8 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
     blocks = min(items, num_blocks)
     has_tail = head_dim > V_DIM
     parts = gather_parts(head_dim)
+    # Of 504: what each warpgroup needs. Dequantizing takes more than copying.
+    registers = (216, 208, 80) if kv.dtype == jnp.uint8 else (224, 216, 64)
     layout = plgpu.Layout.WGMMA
 
     def spread(vector, like, dim):
@@ -72,7 +74,23 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
         return constant if interpret else plgpu.layout_cast(constant, layout.reduce(1))
 
     def kernel(q_g, kv_g, indices_g, steps_g, sinks_g, out_g, lse_g, *scratch):
-        q_s, q_tail_s, tile_s, tail_s, bias_s, told_s, sums_s, barriers, q_ready, start, p_ready, sums_ready, full, freed, *sums = scratch
+        (
+            q_s,
+            q_tail_s,
+            tile_s,
+            tail_s,
+            bias_s,
+            told_s,
+            sums_s,
+            barriers,
+            q_ready,
+            start,
+            p_ready,
+            sums_ready,
+            full,
+            freed,
+            *sums,
+        ) = scratch
         wg = lax.axis_index("wg")
         first = lax.axis_index("block")
 
@@ -191,7 +209,7 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
 
         @pl.when(wg == 0)
         def left():
-            plgpu.set_max_registers(224, action="increase")
+            plgpu.set_max_registers(registers[0], action="increase")
             load_q(first)
 
             def attend(item, num_steps, done):
@@ -228,11 +246,12 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
                     return out[...], m, total_of_both(total, 0)
 
                 store(item, *accumulate(run, 0), sink, 0)
+
             for_items(attend)
 
         @pl.when(wg == 1)
         def right():
-            plgpu.set_max_registers(216, action="increase")
+            plgpu.set_max_registers(registers[1], action="increase")
 
             def attend(item, num_steps, done):
                 sink = sinks_of(item)
@@ -264,11 +283,12 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
                     return out[...], m, total_of_both(total, 1)
 
                 store(item, *accumulate(run, 1), sink, 1)
+
             for_items(attend)
 
         @pl.when(wg == 2)
         def gather():
-            plgpu.set_max_registers(64, action="decrease")
+            plgpu.set_max_registers(registers[2], action="decrease")
             if not interpret:
                 rows.gather(
                     kv_g,

@@ -187,12 +187,13 @@ def decode_times() -> None:
         kv = jax.random.normal(jax.random.key(1), (batch, 32768, 576), jnp.bfloat16)
         indices = jnp.asarray(np.tile(random_indices(rng, (8, 2, 2048), 32768), (batch // 8, 1, 1)))
         for cache in (kv, jax.jit(pack_cache)(kv)):
-            decode = lambda q, cache, indices: sparse_attention_decode(
-                q, cache, indices, v_head_dim=V, scale=576**-0.5
-            )
+            decode = lambda q, cache, indices: sparse_attention_decode(q, cache, indices, v_head_dim=V, scale=576**-0.5)
             ms = measure.jax_milliseconds(decode, q, cache, indices)
             flops = 2 * batch * 2 * 128 * 2048 * (576 + V)
-            print(f"decode {batch} x 2 queries, 32k keys, {cache.dtype!s:9} {ms * 1e3:8.0f} us {flops / ms / 1e9:6.0f} TFLOP/s", flush=True)
+            print(
+                f"decode {batch} x 2 queries, 32k keys, {cache.dtype!s:9} {ms * 1e3:8.0f} us {flops / ms / 1e9:6.0f} TFLOP/s",
+                flush=True,
+            )
 
 
 def times(quick: bool) -> None:
