@@ -45,7 +45,8 @@ _DEQUANTIZE = "{\n.reg .b16 x0, x1, x2, x3, low, high;\n.reg .b32 halves;\n.reg 
 _DEQUANTIZE += "mov.b32 {x0, x1}, $4;\nmov.b32 {x2, x3}, $5;\n"
 for _k in range(4):
     _DEQUANTIZE += (
-        f"cvt.rn.f16x2.e4m3x2 halves, x{_k};\nmov.b32 {{low, high}}, halves;\ncvt.f32.f16 a, low;\ncvt.f32.f16 b, high;\n"
+        f"cvt.rn.f16x2.e4m3x2 halves, x{_k};\nmov.b32 {{low, high}}, halves;\n"
+        "cvt.f32.f16 a, low;\ncvt.f32.f16 b, high;\n"
         f"mul.f32 a, a, $6;\nmul.f32 b, b, $6;\ncvt.rn.bf16x2.f32 ${_k}, b, a;\n"
     )
 _DEQUANTIZE += "}"
@@ -361,7 +362,6 @@ def scatter_add(values: jax.Array, target, indices, first_column: int, unit: jax
     """
     rows_of_target = target.shape[0]
     words = target.shape[1]
-    element = 4 if unit is None else 8
     arg_types = (plgpu.Layout.WGMMA, plgpu.RefType(), plgpu.RefType())
     args = (values, target, indices)
     if unit is not None:

@@ -91,11 +91,11 @@ def backward(q, kv, indices, steps, dout, lse, delta, unit, *, scale: float, det
                 if column < V_DIM:
                     half, within = column // HALF, pl.ds(column % HALF, width)
                     pairs = [
-                        (lambda: p_s.at[zero].T, lambda: dout_s.at[zero + half, :, within]),
-                        (lambda: ds_s.at[zero].T, lambda: q_s.at[zero + half, :, within]),
+                        (lambda z=zero: p_s.at[z].T, lambda z=zero, h=half, w=within: dout_s.at[z + h, :, w]),
+                        (lambda z=zero: ds_s.at[z].T, lambda z=zero, h=half, w=within: q_s.at[z + h, :, w]),
                     ]
                 else:
-                    pairs = [(lambda: ds_s.at[zero].T, lambda: q_tail_s.at[zero])]
+                    pairs = [(lambda z=zero: ds_s.at[z].T, lambda z=zero: q_tail_s.at[z])]
                 values = product(pairs, (STEP, width))
                 rows.scatter_add(values, dkv_g.at[entry], targets, column, unit)
 

@@ -12,10 +12,10 @@ import secrets
 import jax
 import jax.numpy as jnp
 import numpy as np
-from dsparse.kernels.sparse_attention import sparse_attention
-from dsparse.kernels.sparse_attention_decode import pack_cache, sparse_attention_decode, unpack_cache
 
 from benchmarks.kernels import measure
+from dsparse.kernels.sparse_attention import sparse_attention
+from dsparse.kernels.sparse_attention_decode import pack_cache, sparse_attention_decode, unpack_cache
 
 V = 512
 # name, queries, heads, row width, keys, indices a query, sinks
@@ -86,73 +86,80 @@ def gather_in_chunks(q, kv, indices, *, scale, chunk=64):
     def split(x):
         return x[0].reshape(-1, chunk, *x.shape[2:])
 
-    return jax.lax.map(jax.checkpoint(some), (split(q), split(indices))).reshape(q.shape[:3] + (V,))
+    return jax.lax.map(jax.checkpoint(some), (split(q), split(indices))).reshape((*q.shape[:3], V))
+
+
+def check_shape(shape, seed: int) -> bool:
+    good = True
+    batch, queries, heads, width, keys, count, with_sinks, with_invalid = shape
+    rng = np.random.default_rng(seed)
+    normal = functools.partial(rng.standard_normal, dtype=np.float32)
+    q = jnp.asarray(normal((batch, queries, heads, width)), jnp.bfloat16)
+    kv = jnp.asarray(normal((batch, keys, width)), jnp.bfloat16)
+    indices = random_indices(rng, (batch, queries, count), keys)
+    if with_invalid:
+        indices = np.where(rng.random(indices.shape) < 0.3, -1, indices)
+        indices[0, 3], indices[0, 5, 20:], indices[0, 6, 0] = -1, -1, keys + 5
+    sinks = jnp.asarray(normal(heads)) if with_sinks else None
+    dout, dlse = (
+        jnp.asarray(normal((batch, queries, heads, V)), jnp.bfloat16),
+        jnp.asarray(normal((batch, queries, heads))),
+    )
+
+    def outputs(f, arguments, rest):
+        def loss(arguments):
+            out, lse = f(*arguments, rest[0])
+            total = jnp.sum(out.astype(jnp.float32) * rest[1]) + jnp.sum(jnp.where(lse > -1e29, lse * rest[2], 0.0))
+            return total, (out, lse)
+
+        (_, primal), gradients = jax.value_and_grad(loss, has_aux=True)(arguments)
+        return primal, gradients
+
+    def kernel(deterministic):
+        return lambda q, kv, sinks, indices: sparse_attention(
+            q, kv, indices, v_head_dim=V, scale=width**-0.5, sinks=sinks, deterministic=deterministic
+        )
+
+    rest = (jnp.asarray(indices), dout, dlse)
+    arguments = (q, kv, sinks)
+
+    def plain(q, kv, sinks, indices):
+        return reference(q, kv, indices, sinks, width**-0.5)
+
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), arguments)
+    (out, lse), expected = jax.jit(functools.partial(outputs, plain))(wide, rest)
+    finite = np.isfinite(np.asarray(lse))
+    for deterministic in (False, True):
+        run = jax.jit(functools.partial(outputs, kernel(deterministic)))
+        (out_k, lse_k), gradients = run(arguments, rest)
+        errors = [measure.relative_error(out_k, out)]
+        errors.append(measure.relative_error(np.asarray(lse_k)[finite], np.asarray(lse)[finite]))
+        errors += [
+            measure.relative_error(a, b)
+            for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True)
+        ]
+        same_empty = bool((np.isfinite(np.asarray(lse_k)) == finite).all())
+        again = run(arguments, rest)[1]
+        repeats = all(
+            bool((a == b).all()) for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(again), strict=True)
+        )
+        passed = max(errors) < 5e-3 and errors[1] < 1e-5 and same_empty and (repeats or not deterministic)
+        good &= passed
+        print(
+            shape,
+            "deterministic" if deterministic else "",
+            "out, lse, gradients:",
+            " ".join(f"{e:.1e}" for e in errors),
+            f"repeats {repeats}",
+            "ok" if passed else "WRONG",
+            flush=True,
+        )
+    return good
 
 
 def check(seed: int) -> bool:
-    good = True
-    for shape in CHECKS:
-        batch, queries, heads, width, keys, count, with_sinks, with_invalid = shape
-        rng = np.random.default_rng(seed)
-        normal = functools.partial(rng.standard_normal, dtype=np.float32)
-        q = jnp.asarray(normal((batch, queries, heads, width)), jnp.bfloat16)
-        kv = jnp.asarray(normal((batch, keys, width)), jnp.bfloat16)
-        indices = random_indices(rng, (batch, queries, count), keys)
-        if with_invalid:
-            indices = np.where(rng.random(indices.shape) < 0.3, -1, indices)
-            indices[0, 3], indices[0, 5, 20:], indices[0, 6, 0] = -1, -1, keys + 5
-        sinks = jnp.asarray(normal(heads)) if with_sinks else None
-        dout, dlse = (
-            jnp.asarray(normal((batch, queries, heads, V)), jnp.bfloat16),
-            jnp.asarray(normal((batch, queries, heads))),
-        )
-
-        def outputs(f, arguments, rest):
-            def loss(arguments):
-                out, lse = f(*arguments, rest[0])
-                total = jnp.sum(out.astype(jnp.float32) * rest[1]) + jnp.sum(jnp.where(lse > -1e29, lse * rest[2], 0.0))
-                return total, (out, lse)
-
-            (_, primal), gradients = jax.value_and_grad(loss, has_aux=True)(arguments)
-            return primal, gradients
-
-        def kernel(deterministic):
-            return lambda q, kv, sinks, indices: sparse_attention(
-                q, kv, indices, v_head_dim=V, scale=width**-0.5, sinks=sinks, deterministic=deterministic
-            )
-
-        rest = (jnp.asarray(indices), dout, dlse)
-        arguments = (q, kv, sinks)
-        plain = lambda q, kv, sinks, indices: reference(q, kv, indices, sinks, width**-0.5)
-        wide = jax.tree.map(lambda x: x.astype(jnp.float32), arguments)
-        (out, lse), expected = jax.jit(functools.partial(outputs, plain))(wide, rest)
-        finite = np.isfinite(np.asarray(lse))
-        for deterministic in (False, True):
-            run = jax.jit(functools.partial(outputs, kernel(deterministic)))
-            (out_k, lse_k), gradients = run(arguments, rest)
-            errors = [measure.relative_error(out_k, out)]
-            errors.append(measure.relative_error(np.asarray(lse_k)[finite], np.asarray(lse)[finite]))
-            errors += [
-                measure.relative_error(a, b)
-                for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True)
-            ]
-            same_empty = bool((np.isfinite(np.asarray(lse_k)) == finite).all())
-            again = run(arguments, rest)[1]
-            repeats = all(
-                bool((a == b).all()) for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(again), strict=True)
-            )
-            passed = max(errors) < 5e-3 and errors[1] < 1e-5 and same_empty and (repeats or not deterministic)
-            good &= passed
-            print(
-                shape,
-                "deterministic" if deterministic else "",
-                "out, lse, gradients:",
-                " ".join(f"{e:.1e}" for e in errors),
-                f"repeats {repeats}",
-                "ok" if passed else "WRONG",
-                flush=True,
-            )
-    return good
+    results = [check_shape(shape, seed) for shape in CHECKS]
+    return all(results)
 
 
 def check_decode(seed: int) -> bool:
@@ -187,43 +194,54 @@ def decode_times() -> None:
         kv = jax.random.normal(jax.random.key(1), (batch, 32768, 576), jnp.bfloat16)
         indices = jnp.asarray(np.tile(random_indices(rng, (8, 2, 2048), 32768), (batch // 8, 1, 1)))
         for cache in (kv, jax.jit(pack_cache)(kv)):
-            decode = lambda q, cache, indices: sparse_attention_decode(q, cache, indices, v_head_dim=V, scale=576**-0.5)
+
+            def decode(q, cache, indices):
+                return sparse_attention_decode(q, cache, indices, v_head_dim=V, scale=576**-0.5)
+
             ms = measure.jax_milliseconds(decode, q, cache, indices)
             flops = 2 * batch * 2 * 128 * 2048 * (576 + V)
             print(
-                f"decode {batch} x 2 queries, 32k keys, {cache.dtype!s:9} {ms * 1e3:8.0f} us {flops / ms / 1e9:6.0f} TFLOP/s",
+                f"decode {batch} x 2 queries, 32k keys, {cache.dtype!s:9} {ms * 1e3:8.0f} us "
+                f"{flops / ms / 1e9:6.0f} TFLOP/s",
                 flush=True,
             )
 
 
+def time_shape(shape, quick: bool) -> None:
+    name, queries, heads, width, keys, count, with_sinks = shape
+    q, kv, dout, indices, sinks = inputs(queries, heads, width, keys, count, with_sinks)
+
+    def attend(q, kv, indices, sinks):
+        return sparse_attention(q, kv, indices, v_head_dim=V, scale=width**-0.5, sinks=sinks)
+
+    def plain(q, kv, indices, sinks):
+        return (gather_in_chunks(q, kv, indices, scale=width**-0.5),)
+
+    def backward(f):
+        def run(q, kv, indices, sinks, dout):
+            return jax.vjp(lambda q, kv: f(q, kv, indices, sinks)[0], q, kv)[1](dout)
+
+        return run
+
+    pairs = 2 * queries * heads * count
+    forward_ms = measure.jax_milliseconds(attend, q, kv, indices, sinks)
+    both_ms = measure.jax_milliseconds(backward(attend), q, kv, indices, sinks, dout)
+    xla = [float("nan")] * 2
+    if not quick:
+        xla = [measure.jax_milliseconds(plain, q, kv, indices, sinks)]
+        xla.append(measure.jax_milliseconds(backward(plain), q, kv, indices, sinks, dout))
+    backward_ms = both_ms - forward_ms
+    print(
+        f"{name:26} {forward_ms:10.3f} {pairs * (width + V) / forward_ms / 1e9:8.0f} {xla[0] / forward_ms:6.1f} "
+        f"{backward_ms:12.3f} {pairs * (3 * width + 2 * V) / backward_ms / 1e9:8.0f} {xla[1] / both_ms:6.1f}",
+        flush=True,
+    )
+
+
 def times(quick: bool) -> None:
     print(f"{'':26} {'forward ms':>10} {'TFLOP/s':>8} {'x XLA':>6} {'backward ms':>12} {'TFLOP/s':>8} {'x XLA':>6}")
-    for name, queries, heads, width, keys, count, with_sinks in SHAPES:
-        q, kv, dout, indices, sinks = inputs(queries, heads, width, keys, count, with_sinks)
-        attend = lambda q, kv, indices, sinks: sparse_attention(
-            q, kv, indices, v_head_dim=V, scale=width**-0.5, sinks=sinks
-        )
-        plain = lambda q, kv, indices, sinks: (gather_in_chunks(q, kv, indices, scale=width**-0.5),)
-
-        def backward(f):
-            def run(q, kv, indices, sinks, dout):
-                return jax.vjp(lambda q, kv: f(q, kv, indices, sinks)[0], q, kv)[1](dout)
-
-            return run
-
-        pairs = 2 * queries * heads * count
-        forward_ms = measure.jax_milliseconds(attend, q, kv, indices, sinks)
-        both_ms = measure.jax_milliseconds(backward(attend), q, kv, indices, sinks, dout)
-        xla = [float("nan")] * 2
-        if not quick:
-            xla = [measure.jax_milliseconds(plain, q, kv, indices, sinks)]
-            xla.append(measure.jax_milliseconds(backward(plain), q, kv, indices, sinks, dout))
-        backward_ms = both_ms - forward_ms
-        print(
-            f"{name:26} {forward_ms:10.3f} {pairs * (width + V) / forward_ms / 1e9:8.0f} {xla[0] / forward_ms:6.1f} "
-            f"{backward_ms:12.3f} {pairs * (3 * width + 2 * V) / backward_ms / 1e9:8.0f} {xla[1] / both_ms:6.1f}",
-            flush=True,
-        )
+    for shape in SHAPES:
+        time_shape(shape, quick)
 
 
 def main() -> None:

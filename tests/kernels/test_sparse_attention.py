@@ -1,5 +1,8 @@
-"""Sparse attention kernels without a GPU: they compile for the H100 and fit its registers, one is interpreted with race
-detection, and what they cannot do they refuse. The numbers on a GPU: `python -m benchmarks.kernels.sparse_attention`."""
+"""Sparse attention kernels without a GPU.
+
+They compile for the H100 and fit its registers, one is interpreted with race detection, and what they cannot do they
+refuse. The numbers on a GPU: `python -m benchmarks.kernels.sparse_attention --check`.
+"""
 
 import jax
 import jax.numpy as jnp
