@@ -74,8 +74,8 @@ collect.defvjp(lambda y, source, slot: (collect(y, source, slot), (source, slot)
 
 
 def block_size(rows: int, groups: int) -> int:
-    """Rows a block: about half the mean group, so that padding stays below the work."""
-    return 1 << max(0, min(8, (rows // groups).bit_length() - 1))
+    """Rows a block: up to half the mean group, so that padding stays well below the work, and what keeps a core busy."""
+    return 1 << max(0, min(7, (rows // (2 * groups)).bit_length() - 1))
 
 
 def sorted_blocks(group: Int[Array, " M"], groups: int) -> Blocks:

@@ -70,18 +70,25 @@ def causal_attention(
     scale: float,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N V"]:
-    """Causal softmax attention within segments. Query blocks see only the keys up to their end: half the products."""
+    """Causal softmax attention within segments. Query blocks see only the keys up to their end: half the products.
+
+    The backward pass computes each block's weights again: no [T, S] matrix outlives its block.
+    """
     length = q.shape[1]
     index = jnp.arange(length)
 
-    def block(start: int, stop: int) -> Array:
-        keep = (index[None, start:stop, None] >= index[None, None, :stop])
-        if segment_ids is not None:
-            keep = keep & (segment_ids[:, start:stop, None] == segment_ids[:, None, :stop])
-        return reference.causal_attention(q[:, start:stop], k[:, :stop], v[:, :stop], keep, scale)
+    @jax.checkpoint
+    def block(q: Array, k: Array, v: Array, rows: Array, segments: Array | None, key_segments: Array | None) -> Array:
+        keep = rows[None, :, None] >= index[None, None, : k.shape[1]]
+        if segments is not None:
+            keep = keep & (segments[:, :, None] == key_segments[:, None])
+        return reference.causal_attention(q, k, v, keep, scale)
 
-    size = max(QUERY_BLOCK, -(-length // 32))  # at most 32 blocks are traced
-    blocks = [block(start, min(start + size, length)) for start in range(0, length, size)]
+    size, blocks = max(QUERY_BLOCK, -(-length // 32)), []  # at most 32 blocks are traced
+    for start in range(0, length, size):
+        rows, keys = slice(start, min(start + size, length)), slice(0, min(start + size, length))
+        segments = (None, None) if segment_ids is None else (segment_ids[:, rows], segment_ids[:, keys])
+        blocks.append(block(q[:, rows], k[:, keys], v[:, keys], index[rows], *segments))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
