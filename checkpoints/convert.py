@@ -1,4 +1,4 @@
-"""Converting checkpoints between formats and dtypes, streaming: memory for about one layer, however large the model.
+"""Converting checkpoints between formats and dtypes, streaming: memory for a few tensors, however large the model.
 
 Work happens in a hidden folder beside the destination, which is renamed when everything is there. If it is interrupted,
 the same conversion started again goes on after the last finished layer or file.
@@ -17,21 +17,23 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dsparse.checkpoints import native, saving
-from dsparse.checkpoints.loading import THREADS, Reader, aligned_empty, warn_nonfinite
+from dsparse.checkpoints.loading import THREADS, Box, Reader, split_box, warn_nonfinite, whole_box
 from dsparse.checkpoints.mapping import layout_of
+from dsparse.checkpoints.orbax_arrays import Streamed
 from dsparse.checkpoints.plan import Plan, make_plan
 from dsparse.checkpoints.sources import JOURNAL, Checkpoint, open_checkpoint, partial_folder
 from dsparse.errors import DsparseError
 from dsparse.pretrained import FORMATS, parse_dtype, parse_size
 
-AHEAD_BYTES = 64 << 20  # tensors read ahead of the one being written
+PIECE_BYTES = 8 << 20  # of a parameter, read at once
+AHEAD = 4  # pieces or tensors read ahead of the one being written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,11 +172,10 @@ class Job:
         self.written = self.resumed = 0
         self.layers = saving.by_layer(plan.parameters)
         self.bar = _progress_bar(sum(p.nbytes for p in plan.parameters), enabled=progress)
-        self.reader = Reader(files, plan, pool, self.bar.update)
+        self.reader = Reader(files, plan, pool, lambda done: None)
 
     def write_native(self, folder: Path) -> None:
         """Layer by layer; a layer's item is renamed into place by Orbax when it is complete."""
-        arrays: dict[str, np.ndarray] = {}
         with self.bar:
             for layer, parameters in self.layers.items():
                 size = sum(math.prod(p.layer_shape) * p.dtype.itemsize for p in parameters.values())
@@ -182,24 +183,30 @@ class Job:
                     self.resumed += size
                     self.bar.update(size)
                     continue
-                arrays = self._read_layer(layer, arrays)
-                native.write_layer(folder, layer, arrays)
+                native.write_layer(folder, layer, {path: self._stream(layer, path) for path in parameters})
                 self.written += size
         saving.write_side_files(folder, self._config(), self.plan.origin)
         native.write_manifest(folder, self.plan.origin)
 
-    def _read_layer(self, layer: int, spare: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """A layer's parameters, in the memory of the layer before (`spare`) where shapes are equal."""
-        arrays, reads = {}, []
-        for path, parameter in self.layers[layer].items():
-            old = spare.pop(path, None)
-            fits = old is not None and (old.shape, old.dtype) == (parameter.layer_shape, parameter.dtype)
-            arrays[path] = old if fits else aligned_empty(parameter.layer_shape, parameter.dtype)
-            box = tuple(slice(0, n) for n in parameter.layer_shape)
-            reads += self.reader.layer_reads(layer, path, box, arrays[path])
-        spare.clear()
-        self.reader.run(reads)
-        return arrays
+    def _stream(self, layer: int, path: str) -> Streamed:
+        """A layer's parameter, read while it is written."""
+        parameter = self.layers[layer][path]
+        boxes = split_box(whole_box(parameter.layer_shape), PIECE_BYTES // parameter.dtype.itemsize)
+
+        def read(box: Box) -> np.ndarray:
+            return self._read(layer, path, box)
+
+        def pieces() -> Iterator[np.ndarray]:
+            for piece in read_ahead(boxes, read, self.pool):
+                yield piece
+                self.bar.update(piece.nbytes)
+
+        return Streamed(parameter.layer_shape, parameter.dtype, pieces)
+
+    def _read(self, layer: int, path: str, box: Box) -> np.ndarray:
+        out = np.empty([s.stop - s.start for s in box], self.layers[layer][path].dtype)
+        self.reader.read_now(self.reader.layer_reads(layer, path, box, out))
+        return out
 
     def write_huggingface(self, folder: Path) -> None:
         """File by file; a file gets its name when it is complete."""
@@ -222,32 +229,25 @@ class Job:
         if export.slot is None:
             return self.plan.origin.kept[export.name]
         layer, path, index = export.slot
-        parameter = self.layers[layer][path]
-        rest = parameter.layer_shape[len(index) :]
-        out = np.empty(rest, parameter.dtype)
-        box = (*(slice(i, i + 1) for i in index), *(slice(0, n) for n in rest))
-        self.reader.read_now(self.reader.layer_reads(layer, path, box, out.reshape((1,) * len(index) + rest)))
-        return out
+        rest = self.layers[layer][path].layer_shape[len(index) :]
+        box = (*(slice(i, i + 1) for i in index), *whole_box(rest))
+        return self._read(layer, path, box).reshape(rest)
 
     def _config(self) -> dict[str, Any]:
         return saving.export_config(self.plan.config, self.plan.parameters)
 
 
-def read_ahead(
-    exports: list[saving.Export], read: Callable[[saving.Export], np.ndarray], pool: concurrent.futures.Executor
+def read_ahead[Item](
+    items: Iterable[Item], read: Callable[[Item], np.ndarray], pool: concurrent.futures.Executor
 ) -> Iterator[np.ndarray]:
-    """Values in order, the next ones being read while one is written, up to AHEAD_BYTES of them."""
-    waiting: collections.deque[tuple[int, concurrent.futures.Future]] = collections.deque()
-    ahead = 0
-    for export in exports:
-        waiting.append((export.nbytes, pool.submit(read, export)))
-        ahead += export.nbytes
-        while ahead > AHEAD_BYTES and len(waiting) > 1:
-            size, value = waiting.popleft()
-            yield value.result()
-            ahead -= size
+    """What `read` gives for each item, in order, the next ones being read while one is used."""
+    waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+    for item in items:
+        waiting.append(pool.submit(read, item))
+        if len(waiting) > AHEAD:
+            yield waiting.popleft().result()
     while waiting:
-        yield waiting.popleft()[1].result()
+        yield waiting.popleft().result()
 
 
 def _progress_bar(total: int, enabled: bool):

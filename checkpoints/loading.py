@@ -171,6 +171,10 @@ def device_boxes(sharding: Sharding, shape: tuple[int, ...]) -> dict[Box, list[j
     return boxes
 
 
+def whole_box(shape: Sequence[int]) -> Box:
+    return tuple(slice(0, n) for n in shape)
+
+
 def split_box(box: Box, elements: int) -> Iterator[Box]:
     """Cut a box along its leading axes into boxes of at most about `elements` elements."""
     sizes = [s.stop - s.start for s in box]

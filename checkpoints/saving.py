@@ -270,8 +270,9 @@ def save_huggingface(model: Model, path: Path, max_shard_size: int, force: bool)
 
 
 def save_native(model: Model, path: Path, force: bool) -> None:
-    """Write a model as dsparse's own checkpoint, holding one layer on the host at a time."""
+    """Write a model as dsparse's own checkpoint, holding one layer's parameter on the host at a time."""
     from dsparse.checkpoints import native
+    from dsparse.checkpoints.orbax_arrays import Streamed
 
     state, origin = nnx.state(model), model.origin
     parameters = model_parameters(state, model.runs, model.config)
@@ -279,7 +280,11 @@ def save_native(model: Model, path: Path, force: bool) -> None:
     config = export_config(model.config, parameters)
     with new_folder(path, sum(p.nbytes for p in parameters), force) as folder:
         for layer, paths in by_layer(parameters).items():
-            native.write_layer(folder, layer, {p: values.fetch(layer, p) for p in paths})
+            arrays = {
+                path: Streamed(p.layer_shape, p.dtype, lambda layer=layer, path=path: [values.fetch(layer, path)])
+                for path, p in paths.items()
+            }
+            native.write_layer(folder, layer, arrays)
         write_side_files(folder, config, origin)
         native.write_manifest(folder, origin)
 

@@ -76,7 +76,7 @@ class TensorFiles:
     """The tensors of a set of safetensors files.
 
     bytes_read: what was asked for so far, over all threads. nonfinite: names of tensors read with NaN or infinity.
-    once: set it when everything is read once, as in a conversion: what has been read then leaves the system's cache.
+    once: set it when everything is read just once, as in a conversion: what has been read leaves the system's cache.
     """
 
     def __init__(self, tensors: Mapping[str, TensorInfo]):
