@@ -56,9 +56,10 @@ def write_layer(folder: Path, layer: int, arrays: Mapping[str, Streamed]) -> Non
     path = folder / WEIGHTS / item_name(layer)
     for unfinished in path.parent.glob(f"{path.name}.orbax*"):
         shutil.rmtree(unfinished)
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, type_handler_registry=registry())
-    with _quiet(), ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(path.absolute(), ocp.args.PyTreeSave(dict(arrays)))
+    with _quiet():
+        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, type_handler_registry=registry())
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(path.absolute(), ocp.args.PyTreeSave(dict(arrays)))
 
 
 def write_manifest(folder: Path, origin: Origin) -> None:

@@ -112,7 +112,7 @@ class MTPLayer(nnx.Module):
     """Multi-token prediction module (DeepSeek-V3, section 2.2): one block on [norm(embedding), norm(hidden)] projected.
 
     With hyper-connections the two are projected apart (every stream by the same matrix) and added.
-    embed_tokens and shared_head are None where they are the main model's, as in every published checkpoint; the layer
+    embed_tokens and head are None where they are the main model's, as in every published checkpoint; the layer
     has its own if `scope.storage` names them.
     """
 
