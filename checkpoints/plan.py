@@ -23,7 +23,7 @@ from dsparse.config import ModelConfig
 from dsparse.errors import DsparseError
 from dsparse.model import Model
 from dsparse.origin import Origin
-from dsparse.params import FLOAT8
+from dsparse.params import PACKED_FP4, QUANTIZED
 
 logger = logging.getLogger("dsparse.checkpoints")
 
@@ -226,14 +226,14 @@ def _group(slots: Mapping[str, tuple[Slot, Rule]]):
 
 
 def _take_scales(files: TensorFiles, sources) -> tuple[dict[str, str], list[str]]:
-    """Remove the block scales of FP8 weights from the sources: they are applied while the weights are read.
+    """Remove the block scales of quantized weights from the sources: they are applied while the weights are read.
 
     Also complaints about weights without scales.
     """
     scales, unscaled = {}, []
     for (layer, path), weights in list(sources.items()):
         found = sources.get((layer, path + SCALE), {})
-        quantized = {index: name for index, name in weights.items() if files.tensors[name].dtype in FLOAT8}
+        quantized = {index: name for index, name in weights.items() if files.tensors[name].dtype in QUANTIZED}
         scales |= {name: found.pop(index) for index, name in quantized.items() if index in found}
         unscaled += [name + SCALE for name in quantized.values() if name not in scales]
         if not found:
@@ -283,6 +283,10 @@ def _compare(files, layout, parameters, sources, rules, slots, origin) -> list[s
                 if actual != name:
                     origin.names[slot] = actual
                 info = files.tensors[actual]
+                if info.dtype == PACKED_FP4 and parameter.dtype != PACKED_FP4:  # unpacked while it is read
+                    if info.shape != (*shape[:-1], shape[-1] // 2):
+                        misshapen.append(f"{actual} is {list(info.shape)} where the config asks for {list(shape)} in 4 bits")
+                    continue
                 if info.shape != shape:
                     misshapen.append(f"{actual} is {list(info.shape)} where the config asks for {list(shape)}")
                 else:  # a tensor that holds axes merged is read as the parameter is shaped

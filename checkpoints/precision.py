@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from dsparse.checkpoints.tensorfiles import TensorFiles
-from dsparse.params import FLOAT8, FP8_BLOCK
+from dsparse.params import FLOAT8, FP4_BLOCK, FP8_BLOCK, PACKED_FP4
 
 CAST_BYTES = 4 << 20  # source bytes cast at once
 _BF16, _F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
@@ -23,6 +23,9 @@ def read_as(files: TensorFiles, name: str, scale_name: str | None, index: tuple[
         files.read_into(name, index, out)
         return
     scale = None if scale_name is None else files.read(scale_name).astype(np.float32)
+    if info.dtype == PACKED_FP4 and scale is not None:
+        _read_fp4(files, name, scale, index, out)
+        return
     matrix = max(0, len(index) - 2)  # leading axes are cast one index at a time, rows a few MiB at a time
     for lead in itertools.product(*(range(s.start, s.stop) for s in index[:matrix])):
         at = tuple(slice(i, i + 1) for i in lead)
@@ -36,6 +39,28 @@ def read_as(files: TensorFiles, name: str, scale_name: str | None, index: tuple[
                 cast_into(raw, part)
             else:
                 dequantize_into(raw, scale[lead], rows, part)
+
+
+def _read_fp4(files: TensorFiles, name: str, scale: np.ndarray, index: tuple[slice, slice], out: np.ndarray) -> None:
+    """Fill `out` with rows and columns `index` of the unpacked weight: e2m1 values times one scale for 32 of a row."""
+    rows, columns = index
+    packed = slice(columns.start // 2, -(-columns.stop // 2))
+    factor = scale[:, np.arange(columns.start, columns.stop) // FP4_BLOCK]
+    step = max(1, CAST_BYTES // (packed.stop - packed.start))
+    for begin in range(rows.start, rows.stop, step):
+        end = min(begin + step, rows.stop)
+        raw = np.empty((end - begin, packed.stop - packed.start), np.int8)
+        files.read_into(name, (slice(begin, end), packed), raw)
+        wide = float4_pairs()[raw.view(np.uint8)].reshape(end - begin, -1)
+        wide = wide[:, columns.start % 2 :][:, : columns.stop - columns.start] * factor[begin:end]
+        cast_into(wide, out[begin - rows.start : end - rows.start])
+
+
+@functools.cache
+def float4_pairs() -> np.ndarray:
+    """The two e2m1 values of each of the 256 bytes, the low nibble first: float32 [256, 2]."""
+    byte = np.arange(256, dtype=np.uint8)
+    return np.stack([byte & 15, byte >> 4], axis=-1).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
 
 
 def _row_blocks(index: tuple[slice, ...], itemsize: int):

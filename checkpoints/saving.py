@@ -26,7 +26,7 @@ from dsparse.config import ModelConfig
 from dsparse.errors import DsparseError
 from dsparse.model import Model
 from dsparse.origin import Origin
-from dsparse.params import FLOAT8
+from dsparse.params import QUANTIZED
 
 WRITE_BYTES = 8 << 20  # bytes handed to the system at once
 
@@ -197,7 +197,7 @@ def export_config(config: ModelConfig, parameters: Sequence[Parameter]) -> dict[
     main = max(floats, key=floats.get, default=config.dtype)
     if main != config.dtype:
         written["torch_dtype" if "torch_dtype" in written and "dtype" not in written else "dtype"] = main
-    if not any(p.dtype in FLOAT8 for p in parameters):
+    if not any(p.dtype in QUANTIZED for p in parameters):
         written.pop("quantization_config", None)
     return written
 
@@ -253,9 +253,11 @@ def replace_folder(temporary: Path, destination: Path) -> None:
         shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
-def save_huggingface(model: Model, path: Path, max_shard_size: int, force: bool) -> None:
+def save_huggingface(model: Model, path: Path, max_shard_size: int, force: bool, names: str) -> None:
     """Write a model as a Hugging Face folder, holding one layer's parameter on the host at a time."""
-    layout, origin = layout_of(model.config), model.origin
+    layout, origin = layout_of(model.config, published=names == "published"), model.origin
+    if names != "stored":
+        origin = dataclasses.replace(origin, names={})
     state = nnx.state(model)
     parameters = model_parameters(state, model.runs, model.config)
     exports = exports_of(layout, origin, parameters)
@@ -320,7 +322,7 @@ class LayerReader:
             self.layer, self.host = layer, {}
         if path not in self.host:
             self.host[path] = self.fetch(layer, path)
-        return self.host[path][index]
+        return self.host[path][index].astype(export.dtype, copy=False)
 
     def fetch(self, layer: int, path: str) -> np.ndarray:
         variable, row = self.where[layer, path]

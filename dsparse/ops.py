@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsparse import banded, gathered, grouped, indexing, reference, sharding
-from dsparse.params import FLOAT8
+from dsparse.params import QUANTIZED
 
 logger = logging.getLogger("dsparse.ops")
 _chosen: set[tuple[str, str]] = set()
@@ -52,8 +52,8 @@ def linear(
     x: Float[Array, "*batch D"], weight: Float[Array, "F D"], scale_inv: Float[Array, "Fb Db"] | None = None, out_dtype=None
 ) -> Float[Array, "*batch F"]:
     """x W^T for W [out, in] in floating point or FP8 blocks; in x's dtype unless `out_dtype` says otherwise."""
-    if weight.dtype in FLOAT8 and scale_inv is None:
-        raise ValueError("an 8-bit weight needs its block scales")
+    if weight.dtype in QUANTIZED and scale_inv is None:
+        raise ValueError("an 8- or 4-bit weight needs its block scales")
     weight = reference.dequantize(weight, scale_inv, x.dtype)
     contract = (((x.ndim - 1,), (1,)), ((), ()))
     return jax.lax.dot_general(x, weight, contract, preferred_element_type=out_dtype or x.dtype)

@@ -13,6 +13,7 @@ from dsparse.model import Model
 from dsparse.sharding import make_mesh
 
 FORMATS = ("huggingface", "dsparse")
+NAMES = ("stored", "transformers", "published")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
@@ -76,11 +77,14 @@ def save_pretrained(
     *,
     max_shard_size: int | str = "5GB",
     force: bool = False,
+    names: str = "stored",
 ) -> None:
     """Write a model: "huggingface" is what transformers' AutoModelForCausalLM loads, "dsparse" an Orbax checkpoint.
 
     Tensors are written in the dtypes the model holds, under the names they came with, beside config.json with all its
     original entries and the tokenizer's files. The folder appears when it is complete.
+    names: "stored" (those it came with), "transformers" (those it would write) or "published" (DeepSeek's own), where a
+        family has several.
 
     Raises:
         DsparseError: the folder exists (unless `force`), or the disk is too small.
@@ -89,7 +93,9 @@ def save_pretrained(
 
     if format not in FORMATS:
         raise DsparseError(f"format {format!r} is not supported (known: {', '.join(FORMATS)})")
+    if names not in NAMES:
+        raise DsparseError(f"names {names!r} is not supported (known: {', '.join(NAMES)})")
     if format == "dsparse":
         saving.save_native(model, Path(path), force)
     else:
-        saving.save_huggingface(model, Path(path), parse_size(max_shard_size), force)
+        saving.save_huggingface(model, Path(path), parse_size(max_shard_size), force, names)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsparse.params import FP8_BLOCK
+from dsparse.params import FP4_BLOCK, FP8_BLOCK, PACKED_FP4
 
 NEG_INF = -1e30  # finite, so that a row without any key stays free of NaN
 
@@ -17,11 +17,18 @@ NEG_INF = -1e30  # finite, so that a row without any key stays free of NaN
 def dequantize(
     weight: Float[Array, "*lead F D"], scale_inv: Float[Array, "*lead Fb Db"] | None, dtype
 ) -> Float[Array, "*lead F D"]:
-    """The weight in `dtype`: 8-bit blocks of 128x128 times their scales (DeepSeek-V3, section 3.3.2); ragged edges allowed."""
+    """The weight in `dtype`: 8-bit blocks of 128x128 times their scales (DeepSeek-V3, section 3.3.2); ragged edges allowed.
+
+    A packed FP4 weight [F, D/2] has one scale for 32 values of a row.
+    """
     if scale_inv is None:
         return weight.astype(dtype)
-    rows, columns = weight.shape[-2:]
     scale = scale_inv.astype(jnp.float32)
+    if weight.dtype == PACKED_FP4:
+        values = jax.lax.bitcast_convert_type(weight, jnp.float4_e2m1fn).astype(jnp.float32)  # [..., D/2, 2], low nibble first
+        values = values.reshape(*weight.shape[:-1], 2 * weight.shape[-1])
+        return (values * jnp.repeat(scale, FP4_BLOCK, axis=-1)[..., : values.shape[-1]]).astype(dtype)
+    rows, columns = weight.shape[-2:]
     scale = jnp.repeat(scale, FP8_BLOCK, axis=-2)[..., :rows, :]
     scale = jnp.repeat(scale, FP8_BLOCK, axis=-1)[..., :columns]
     return (weight.astype(jnp.float32) * scale).astype(dtype)

@@ -50,7 +50,7 @@ def model_of(reference: DeepseekV4ForCausalLM, config: dict | None = None) -> ds
     """The reference's weights in a dsparse model."""
     without_mtp = {"num_nextn_predict_layers": 0}  # the reference has no such layers
     config = dsparse.ModelConfig.from_huggingface((config or reference.config.to_dict()) | without_mtp)
-    model = dsparse.Model(config, rngs=nnx.Rngs(0))
+    model = nnx.eval_shape(lambda: dsparse.Model(config, rngs=nnx.Rngs(0)))
     weights = {name.removeprefix("model."): tensor.detach().float().numpy() for name, tensor in reference.state_dict().items()}
     filled = []
     for path, variable in nnx.to_flat_state(nnx.state(model)):
@@ -60,7 +60,7 @@ def model_of(reference: DeepseekV4ForCausalLM, config: dict | None = None) -> ds
             run = model.runs[path[1]]
             layers = [run.start + path[3] + repeat * run.pattern for repeat in range(run.repeats)]
             value = np.stack([layer_tensor(weights, f"layers.{layer}", path[4:]) for layer in layers])
-        assert value.size == variable[...].size, path
+        assert value.size == np.prod(variable.shape), path
         filled.append((path, variable.replace(jnp.asarray(value.reshape(variable.shape), variable.dtype))))
     return nnx.merge(nnx.graphdef(model), nnx.from_flat_state(filled))
 
