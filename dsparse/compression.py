@@ -213,5 +213,6 @@ class Indexer(Compressor):
             return None, cache
         q = self.q_b_proj(q_latent).reshape(*x.shape[:2], self.heads, self.head_dim)
         weights = self.scorer.weights_proj(x).astype(jnp.float32) * (self.head_dim * self.heads) ** -0.5
-        arguments = jax.lax.stop_gradient((apply_rope_to_tail(q, rope), keys, weights))
-        return ops.indexer_topk(*arguments, self.topk, starts=windows.first, ends=windows.last), cache
+        starts = None if context.segment_ids is None else windows.first
+        q = apply_rope_to_tail(q, rope)
+        return ops.indexer_topk(q, keys, weights, self.topk, starts=starts, ends=windows.last), cache
