@@ -49,6 +49,14 @@ def reference_logits(model, tokens):
         return model(torch.tensor(tokens).long()).logits.numpy()
 
 
+def reference_continuation(model, prompt, count):
+    """Greedy tokens of transformers with its cache, running on after the end token."""
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        out = model.generate(torch.tensor(prompt).long(), max_new_tokens=count, do_sample=False, pad_token_id=0)
+    return out[:, prompt.shape[1] :].numpy()
+
+
 @pytest.mark.parametrize("variation", VARIATIONS)
 def test_logits_equal_transformers(variation):
     reference_model = random_reference(seed=2, **VARIATIONS[variation])
@@ -71,10 +79,8 @@ def test_trained_checkpoint_equals_transformers():
     tokens = sample_text_tokens(folder, 1, 512)  # top-k 32 of 128 entries, window 64
     np.testing.assert_allclose(model(tokens), reference_logits(reference_model, tokens), atol=1e-4)
     prompt, count = tokens[:, :100], 40
-    with torch.no_grad():
-        theirs = reference_model.generate(torch.tensor(prompt).long(), max_new_tokens=count, min_new_tokens=count, do_sample=False)
     ours = dsparse.generate(model, prompt, max_new_tokens=count, stop_tokens=())
-    np.testing.assert_array_equal(ours, theirs[:, prompt.shape[1] :].numpy())
+    np.testing.assert_array_equal(ours, reference_continuation(reference_model, prompt, count))
 
 
 def test_chosen_entries_equal_transformers(monkeypatch):
@@ -168,10 +174,8 @@ def test_generation_equals_uncached_and_ragged_rows_equal_single_ones():
     lengths, count = [37, 5, 16], 40
     together = dsparse.generate(model, tokens, lengths=lengths, max_new_tokens=count, stop_tokens=())
     for row, length in enumerate(lengths):
-        prompt = torch.tensor(tokens[row : row + 1, :length]).long()
-        with torch.no_grad():
-            theirs = reference_model.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
-        np.testing.assert_array_equal(together[row], theirs[0, length:].numpy())
+        theirs = reference_continuation(reference_model, tokens[row : row + 1, :length], count)
+        np.testing.assert_array_equal(together[row], theirs[0])
         logits = model(np.concatenate([tokens[row, :length], together[row]])[None])
         np.testing.assert_array_equal(together[row], np.argmax(logits[0, length - 1 : -1], axis=-1))
 
@@ -199,14 +203,16 @@ def test_causal_by_gradients():
     tokens, probe = random_tokens(1, 60, seed=8), 41
 
     def output(embeddings, segments):
-        model = nnx.merge(graphdef, state)
-        model.embed_tokens.weight[...] = embeddings
+        flat = dict(nnx.to_flat_state(state))
+        name = ("embed_tokens", "weight")
+        model = nnx.merge(graphdef, nnx.from_flat_state(list((flat | {name: flat[name].replace(embeddings)}).items())))
         hidden, _, _ = model.hidden_states(jnp.arange(60)[None], segment_ids=segments)
         return jnp.sum(hidden[0, probe] ** 2)
 
+    gradient = jax.jit(jax.grad(output))
     embeddings = model.embed_tokens.weight[...][jnp.pad(tokens[0], (0, 196))]
     for segments, first in ((None, 0), (jnp.asarray(np.arange(60)[None] >= 23, jnp.int32), 23)):
-        size = np.abs(np.asarray(jax.grad(output)(embeddings, segments))[:60]).max(axis=-1)
+        size = np.abs(np.asarray(gradient(embeddings, segments))[:60]).max(axis=-1)
         assert np.all(size[probe + 1 :] == 0) and np.all(size[:first] == 0)
         assert np.all(size[probe - 7 : probe + 1] > 0)  # the window of 8
         assert np.count_nonzero(size[first : probe - 7]) > 0  # through entries
