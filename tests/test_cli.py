@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import DEMO, sample_text_tokens
+from support import DEMO, sample_text_tokens
 
 import dsparse
 from dsparse.cli import main

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import load_transformers, sample_text_tokens, trained_checkpoint
+from support import load_transformers, sample_text_tokens, trained_checkpoint
 from flax import nnx
 from reference_models import random_pair, reference_continuation, reference_logits, stable_topk
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import DEMO, ROOT, trained_checkpoint
+from support import DEMO, ROOT, trained_checkpoint
 from flax import nnx
 from safetensors import safe_open
 

@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from support import ROOT
 
 PACKAGES = {"dsparse": "dsparse", "dsparse/training": "dsparse/training", "dsparse/kernels": "kernels",
             "dsparse/checkpoints": "checkpoints"}  # fmt: skip

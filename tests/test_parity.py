@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import load_transformers, sample_text_tokens, trained_checkpoint
+from support import load_transformers, sample_text_tokens, trained_checkpoint
 
 import dsparse
 

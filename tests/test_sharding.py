@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from conftest import DEMO, sample_text_tokens
+from support import DEMO, sample_text_tokens
 from flax import nnx
 from jax.sharding import PartitionSpec
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import load_transformers, sample_text_tokens, trained_checkpoint
+from support import load_transformers, sample_text_tokens, trained_checkpoint
 from flax import nnx
 from v4_models import model_of, random_reference, stable_topk
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import load_transformers, trained_checkpoint
+from support import load_transformers, trained_checkpoint
 from published import make, raw_tensors, tensors, write
 
 import dsparse
