@@ -1,6 +1,7 @@
 # Everything a newcomer needs: `make demo`, `make test`.
-PYTHON := $(firstword $(foreach v,3.12 3.13 3.14,$(shell command -v python$(v) 2>/dev/null)) \
-	$(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12 $(HOME)/.pyenv/versions/3.13.*/bin/python3.13))
+# The first Python >= 3.12 that really starts: a pyenv shim may stand on PATH without its version being active.
+PYTHON := $(shell for p in python3.12 python3.13 python3.14 python3 $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3; do \
+	"$$p" -c 'import sys, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo "$$p" && break; done)
 VENV := .venv
 RUN := $(VENV)/bin/python
 
@@ -24,8 +25,7 @@ bench: $(VENV)/installed-tests
 	$(RUN) -m benchmarks.compile_time
 
 $(VENV)/installed: pyproject.toml
-	@test -n "$(PYTHON)" || { echo "dsparse needs Python 3.12 or newer; none found (looked for python3.12 to python3.14 and pyenv's)"; exit 1; }
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))'
+	@test -n "$(PYTHON)" || { echo "dsparse needs Python 3.12 or newer with venv; none found on PATH or under pyenv"; exit 1; }
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet --editable .
