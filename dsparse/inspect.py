@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -185,10 +184,7 @@ def _with_selections(report: Report, path: Path, text: str) -> Report:
     ids = tokenizer.encode(text)
     if not ids:
         raise DsparseError("the text is empty: give at least one token")
-    model = from_pretrained(path)
-    graphdef, state = nnx.split(model)
-    run = jax.jit(lambda state, tokens: nnx.merge(graphdef, state).selections(tokens))
-    selected = run(state, jnp.asarray([ids], jnp.int32))
+    selected = from_pretrained(path).selections(np.asarray([ids], np.int32))
     found = [
         Selection(layer, [sorted(int(i) for i in row if i >= 0) for row in np.asarray(indices[0])])
         for layer, indices in enumerate(selected)

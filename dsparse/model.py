@@ -152,9 +152,9 @@ class Model(nnx.Module):
 
         A layer that shares another's selection, and one whose top-k covers all tokens, is None too.
         """
-        _, _, reports = self._run(tokens, None, segment_ids, report_selected=True)
+        graphdef, state = nnx.split(self)
         by_layer = []
-        for run, stack in zip(self.runs, reports, strict=True):
+        for run, stack in zip(self.runs, _reports(graphdef, state, tokens, segment_ids), strict=True):
             for repeat in range(run.repeats):
                 by_layer.extend(None if r.selected is None else r.selected[repeat] for r in stack)
         return by_layer
@@ -200,6 +200,11 @@ def _forward(graphdef, state, tokens, positions, segment_ids):
     model = nnx.merge(graphdef, state)
     hidden, _, _ = model.hidden_states(tokens, positions, segment_ids)
     return model.logits(hidden)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _reports(graphdef, state, tokens, segment_ids):
+    return nnx.merge(graphdef, state)._run(tokens, None, segment_ids, report_selected=True)[2]
 
 
 def default_positions(tokens: Int[AnyArray, "B T"], segment_ids: Int[AnyArray, "B T"] | None) -> Int[Array, "B T"]:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsparse import banded, gathered, grouped, indexing, reference, sharding
@@ -223,9 +224,24 @@ def indexer_topk(
     A query sees the keys from `starts` (default 0) to before `ends`; -1 fills where these are fewer than `topk`.
     Scores exist for a bounded chunk of queries at a time. Passes no gradient.
     """
-    q, k, weights = jax.lax.stop_gradient((q, k, weights))
     choices = {"mosaic_gpu": _indexer_topk_kernel, "xla": _indexer_topk}
-    return _dispatch("indexer_topk", implementation, choices, q, k, weights, topk, ends=ends, starts=starts)
+
+    def select(q, k, weights, ends, starts):
+        return _dispatch("indexer_topk", implementation, choices, q, k, weights, topk, ends=ends, starts=starts)
+
+    return _without_gradient(select)(q, k, weights, ends, starts)
+
+
+def _without_gradient(select: Callable[..., Array]) -> Callable[..., Array]:
+    """`select`, known to have no derivative: stop_gradient alone lets JAX save the scores for a backward pass."""
+    wrapped = jax.custom_jvp(select)
+
+    @wrapped.defjvp
+    def _(primals, tangents):
+        indices = wrapped(*primals)
+        return indices, np.zeros(indices.shape, jax.dtypes.float0)
+
+    return wrapped
 
 
 def _indexer_topk_kernel(q, k, weights, count, *, ends, starts):

@@ -1,5 +1,7 @@
 """DeepSeek-V3.2 and GLM-5 against transformers, with sequences well beyond top-k."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,6 @@ YARN = {
     "mscale_all_dim": 1.0,
 }  # fmt: skip
 VARIANTS = {
-    "v32": ("deepseek_v32", {}),
     "v32-yarn": ("deepseek_v32", {"rope_parameters": YARN}),
     "v32-biases": ("deepseek_v32", {"attention_bias": True, "n_group": 1, "topk_group": 1, "norm_topk_prob": False}),
     "v32-tied": ("deepseek_v32", {"tie_word_embeddings": True, "index_topk": 17, "index_n_heads": 3, "index_head_dim": 8}),
@@ -48,6 +49,23 @@ def random(request, tmp_path_factory):
 def trained():
     folder = trained_checkpoint("v32")
     return dsparse.from_pretrained(folder, dtype="float32"), load_transformers(folder), folder
+
+
+def assert_pieces_equal_one_pass(model, tokens, cuts) -> None:
+    """Through the cache in pieces, each checked against the uncached model."""
+
+    @jax.jit
+    def step(state, tokens, start, cache):
+        merged = nnx.merge(graphdef, state)
+        positions = start + jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden, cache, _ = merged.hidden_states(tokens, positions, cache=cache)
+        return merged.logits(hidden), cache
+
+    graphdef, state = nnx.split(model)
+    whole, cache = np.asarray(model(tokens)), model.init_cache(len(tokens), tokens.shape[1] + 3)
+    for start, stop in itertools.pairwise(cuts):
+        logits, cache = step(state, tokens[:, start:stop], start, cache)
+        np.testing.assert_allclose(logits, whole[:, start:stop], atol=TOLERANCE, rtol=0)
 
 
 def random_tokens(rows: int, length: int, seed: int = 0) -> np.ndarray:
@@ -84,7 +102,7 @@ def differing_rows(model, reference, tokens) -> list[tuple[int, int, int, float]
     """(layer, row, query, distance) where the sets differ; distance between the scores of the exchanged tokens."""
     expected, scores = reference_selections(reference, tokens)
     found = []
-    for layer, ours in enumerate(model.selections(jnp.asarray(tokens))):
+    for layer, ours in enumerate(model.selections(tokens)):
         if layer not in expected:
             assert ours is None
             continue
@@ -115,18 +133,6 @@ def test_greedy_continuation_of_random_models(random):
     tokens = random_tokens(2, 30)
     ours = dsparse.generate(model, tokens, max_new_tokens=40, stop_tokens=())
     np.testing.assert_array_equal(ours, reference_continuation(reference, tokens, 40))
-
-
-def test_any_chunks_equal_one_pass(random):
-    model, _ = random
-    tokens = random_tokens(2, 60)
-    whole = np.asarray(model(tokens))
-    cuts = [0, *sorted(np.random.default_rng(1).choice(np.arange(1, 60), 6, replace=False).tolist()), 60]
-    cache = model.init_cache(2, 64)
-    for start, stop in zip(cuts, cuts[1:], strict=False):
-        positions = np.broadcast_to(np.arange(start, stop), (2, stop - start))
-        hidden, cache, _ = model.hidden_states(tokens[:, start:stop], positions, cache=cache)
-        np.testing.assert_allclose(model.logits(hidden), whole[:, start:stop], atol=TOLERANCE, rtol=0)
 
 
 def test_logits_of_trained_weights(trained):
@@ -239,12 +245,15 @@ def test_any_family_mixes_dense_and_indexed_layers():
     tokens = random_tokens(2, 50)
     widths = [None if s is None else s.shape[-1] for s in model.selections(tokens)]
     assert widths == [6, None, None, 12, None, None]
-    whole = np.asarray(model(tokens))
-    cache = model.init_cache(2, 64)
-    for start, stop in ((0, 20), (20, 21), (21, 50)):
-        positions = np.broadcast_to(np.arange(start, stop), (2, stop - start))
-        hidden, cache, _ = model.hidden_states(tokens[:, start:stop], positions, cache=cache)
-        np.testing.assert_allclose(model.logits(hidden), whole[:, start:stop], atol=TOLERANCE, rtol=0)
+    assert_pieces_equal_one_pass(model, tokens, [0, 20, 21, 22, 42, 43, 50])
+
+
+@pytest.mark.parametrize(("family", "options"), [("deepseek_v32", {}), ("glm_moe_dsa", {"index_topk_freq": 2})])
+def test_any_pieces_equal_one_pass(family, options):
+    """One token, fewer than top-k, more than top-k; beginning before and beyond top-k."""
+    model = dsparse.Model(dsparse.ModelConfig.tiny(family, initializer_range=0.1, **options), rngs=nnx.Rngs(0))
+    tokens = random_tokens(2, 60)
+    assert_pieces_equal_one_pass(model, tokens, [0, 1, 5, 25, 26, 46, 50, 51, 52, 56, 60])
 
 
 @pytest.mark.parametrize("options", [{}, {"index_topk_freq": 4, "index_skip_topk_offset": 3}])

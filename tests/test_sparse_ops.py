@@ -1,0 +1,160 @@
+"""Sparse attention and top-k against dense masked references."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import dsparse
+from dsparse import gathered, indexing, ops, reference
+
+B, T, S, N, H, V, K = 2, 13, 29, 3, 12, 8, 7
+
+
+def random_case(seed: int = 0):
+    rng = np.random.default_rng(seed)
+    q, kv = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((B, T, N, H), (B, S, H)))
+    indices = np.stack([[rng.permutation(S)[:K] for _ in range(T)] for _ in range(B)]).astype(np.int32)
+    indices[rng.random(indices.shape) < 0.2] = -1
+    indices[0, 3] = -1  # a query without any index
+    return q, kv, jnp.asarray(indices), jnp.asarray(rng.standard_normal(N), jnp.float32)
+
+
+def dense_masked(q, kv, indices, *, v_head_dim, scale, sinks=None):
+    """Every logit, and a mask that keeps the indexed ones."""
+    keep = (indices[..., None] == jnp.arange(kv.shape[1])).any(axis=2)[:, :, None]
+    logits = jnp.einsum("BTNH,BSH->BTNS", q, kv) * scale
+    sink = jnp.full((*q.shape[:3], 1), reference.NEG_INF) if sinks is None else jnp.broadcast_to(sinks[:, None], (*q.shape[:3], 1))
+    masked = jnp.concatenate([jnp.where(keep, logits, reference.NEG_INF), sink], axis=-1)
+    lse = jax.nn.logsumexp(masked, axis=-1)
+    weights = jnp.where(keep, jnp.exp(jnp.where(keep, logits - lse[..., None], 0.0)), 0.0)
+    return jnp.einsum("BTNS,BSV->BTNV", weights, kv[..., :v_head_dim]), lse
+
+
+@pytest.fixture(params=["whole", "chunks"])
+def chunks(request, monkeypatch):
+    """All queries at once, and three at a time (13 queries: the last chunk is padded)."""
+    if request.param == "chunks":
+        monkeypatch.setattr(gathered, "GATHERED_BYTES", 3 * B * K * H * 4)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_values_and_gradients(chunks, implementation, with_sinks):
+    """Output, log-sum-exp, and the gradients of a function of both, in q, kv and sinks."""
+    q, kv, indices, sinks = random_case()
+    sinks = sinks if with_sinks else None
+    options = {"v_head_dim": V, "scale": 0.3}
+    mix = jnp.asarray(np.random.default_rng(1).standard_normal((B, T, N, V)), jnp.float32)
+    some = (indices >= 0).any(axis=-1)[..., None]
+
+    def outputs(attend, q, kv, sinks):
+        out, lse = attend(q, kv, indices, sinks=sinks, **options)
+        return out, jnp.where(some | with_sinks, lse, 0.0)
+
+    def scalar(attend):
+        def of(q, kv, sinks):
+            out, lse = outputs(attend, q, kv, sinks)
+            return jnp.sum(out * mix) + jnp.sum(jnp.sin(lse))
+
+        return jax.jit(jax.grad(of, argnums=(0, 1, 2) if with_sinks else (0, 1)))
+
+    def ours(*args, **kwargs):
+        return ops.sparse_attention(*args, implementation=implementation, **kwargs)
+
+    for a, b in zip(outputs(ours, q, kv, sinks), outputs(dense_masked, q, kv, sinks), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    if implementation == "xla":
+        for a, b in zip(scalar(ours)(q, kv, sinks), scalar(dense_masked)(q, kv, sinks), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_query_without_indices(chunks):
+    q, kv, indices, sinks = random_case()
+    out, lse = ops.sparse_attention(q, kv, indices, v_head_dim=V, scale=0.3)
+    assert not np.any(out[0, 3]) and np.all(np.isneginf(lse[0, 3]))
+    out, lse = ops.sparse_attention(q, kv, indices, v_head_dim=V, scale=0.3, sinks=sinks)
+    assert not np.any(out[0, 3])
+    np.testing.assert_allclose(lse[0, 3], sinks, rtol=1e-6)
+
+
+def expected_topk(scores, k, lengths) -> list[set[int]]:
+    """A stable sort: the largest, the earliest of equals, nothing of -inf."""
+    found = []
+    for row, length in zip(np.asarray(scores, np.float32) + 0.0, lengths, strict=True):
+        order = np.argsort(-row[:length], kind="stable")[:k]
+        found.append({int(i) for i in order if row[i] > -np.inf})
+    return found
+
+
+def test_topk_breaks_ties_by_position():
+    scores = np.maximum(np.random.default_rng(0).standard_normal((40, 64)), 0).astype(np.float32)
+    scores[:, ::5] *= -1.0  # -0.0 among the zeros
+    scores[3] = -np.inf
+    lengths = np.random.default_rng(1).integers(0, 65, 40).astype(np.int32)
+    indices = np.asarray(ops.topk(jnp.asarray(scores), 16, jnp.asarray(lengths)))
+    for row, expected in zip(indices, expected_topk(scores, 16, lengths), strict=True):
+        kept = [int(i) for i in row if i >= 0]
+        assert len(kept) == len(set(kept)) and set(kept) == expected
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_indexer_topk_in_chunks_and_prefixes(monkeypatch, bounded):
+    """Neither the chunks of queries nor the prefixes of keys change what is selected."""
+    rng = np.random.default_rng(0)
+    length = 40
+    q, k, weights = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((B, length, N, H), (B, length, H), (B, length, N)))
+    ends = jnp.broadcast_to(jnp.arange(1, length + 1), (B, length))
+    starts = jnp.maximum(ends - 20, 0) if bounded else None
+    scores = np.array(reference.indexer_logits(q, k, weights)).reshape(-1, length)
+    if bounded:
+        scores[np.arange(length) < np.asarray(starts).reshape(-1, 1)] = -np.inf
+    expected = expected_topk(scores, 6, np.asarray(ends).reshape(-1))
+    for score_bytes, shortest in ((1 << 30, 1 << 30), (3 * 4 * B * N * length, 8)):
+        monkeypatch.setattr(indexing, "SCORE_BYTES", score_bytes)
+        monkeypatch.setattr(indexing, "SHORTEST_PREFIX", shortest)
+        indices = np.asarray(jax.jit(lambda *a: ops.indexer_topk(*a, 6, ends=ends, starts=starts))(q, k, weights))
+        assert [{int(i) for i in row if i >= 0} for row in indices.reshape(-1, 6)] == expected
+
+
+def test_model_gradients_equal_dense_masked_attention(monkeypatch):
+    """Every parameter's gradient, with the sparse path and with a mask over all logits in its place."""
+    config = dsparse.ModelConfig.tiny("glm_moe_dsa", num_hidden_layers=4, index_topk_freq=2, initializer_range=0.1)
+    model = dsparse.Model(config, rngs=nnx.Rngs(0))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(3, 256, (2, 30)), jnp.int32)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def gradients():
+        def loss(params):
+            merged = nnx.merge(graphdef, params, rest)
+            log_softmax = jax.nn.log_softmax(merged.logits(merged.hidden_states(tokens)[0])[:, :-1])
+            return -jnp.mean(jnp.take_along_axis(log_softmax, tokens[:, 1:, None], axis=-1))
+
+        return jax.tree.map(np.asarray, dict(nnx.to_flat_state(jax.jit(jax.grad(loss))(params))))
+
+    sparse = gradients()
+    monkeypatch.setattr(ops, "sparse_attention", dense_masked)
+    dense = gradients()
+    for path, gradient in dense.items():
+        np.testing.assert_allclose(sparse[path][...], gradient[...], atol=1e-5, err_msg=str(path))
+        if "indexer" in path:
+            assert not np.any(gradient[...])
+    assert sum(np.any(g[...]) for g in dense.values()) > 20
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_memory_of_32k_tokens(backward):
+    """Compiled, not run: scratch memory of a prefill and of a gradient, far below one 32k x 32k score matrix (4 GiB)."""
+    config = dsparse.ModelConfig.tiny("deepseek_v32", index_topk=64, max_position_embeddings=1 << 15)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: dsparse.Model(config, rngs=nnx.Rngs(0))))
+    tokens = jax.ShapeDtypeStruct((1, 1 << 15), jnp.int32)
+
+    def total(state, tokens):
+        model = nnx.merge(graphdef, state)
+        model.remat = "full"
+        return jnp.sum(model.hidden_states(tokens)[0])
+
+    program = jax.grad(total, allow_int=True) if backward else total
+    memory = jax.jit(program).lower(state, tokens).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 1 << 30
