@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-SCORE_BYTES = 16 << 20  # of one chunk's scores, all heads
+SCORE_BYTES = 8 << 20  # of one chunk's scores
+UNROLLED_HEADS = 8  # more are looped over
 PREFIXES = 4  # lengths of the key axis that a chunk's scores are computed for, so that causal chunks skip the future
 SHORTEST_PREFIX = 256
 
@@ -20,13 +22,12 @@ def indexer_topk(
     ends: Int[Array, "B T"],
     starts: Int[Array, "B T"] | None,
     topk: int,
-    score: Callable[[Array, Array, Array], Float[Array, "B T S"]],
     select: Callable[[Float[Array, "R S"], int, Int[Array, " R"]], Int[Array, "R K"]],
 ) -> Int[Array, "B T K"]:
-    """See `ops.indexer_topk`. score(q, k, weights) and select(scores, topk, lengths) are the ops it is made of."""
+    """See `ops.indexer_topk`. select(scores, topk, lengths) is `ops.topk`."""
 
     def visible(q, weights, ends, starts, keys: int):
-        scores = score(q, k[:, :keys], weights)
+        scores = indexer_logits(q, k[:, :keys], weights)
         if starts is not None:
             scores = jnp.where(jnp.arange(keys) >= starts[..., None], scores, -jnp.inf)
         rows = ends.size
@@ -40,8 +41,8 @@ def indexer_topk(
         needed = jnp.max(chunk[2])
         return jax.lax.switch(jnp.sum(needed > jnp.array(prefixes[:-1], jnp.int32)), branches, *chunk)
 
-    batch, time, heads, _ = q.shape
-    size = min(time, max(1, SCORE_BYTES // (4 * batch * heads * k.shape[1])))
+    batch, time = ends.shape
+    size = min(time, max(1, SCORE_BYTES // (4 * batch * k.shape[1])))
     arrays = (q, weights, ends, starts)
     if size == time:
         return some(arrays)
@@ -53,6 +54,23 @@ def indexer_topk(
 
     selected = jax.lax.map(some, jax.tree.map(split, arrays))
     return jnp.moveaxis(selected, 0, 1).reshape(batch, count * size, topk)[:, :time]
+
+
+def indexer_logits(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S H"], weights: Float[Array, "B T N"]
+) -> Float[Array, "B T S"]:
+    """`reference.indexer_logits` one head at a time: several times faster on a CPU, and no [T, N, S] in between."""
+
+    def head(q, weights):
+        scores = jnp.einsum("BTH,BSH->BTS", q, k, preferred_element_type=jnp.float32)
+        return weights.astype(jnp.float32)[..., None] * jax.nn.relu(scores)
+
+    heads = q.shape[2]
+    if heads <= UNROLLED_HEADS:
+        return functools.reduce(jnp.add, [head(q[:, :, n], weights[:, :, n]) for n in range(heads)])
+    by_head = jnp.moveaxis(q, 2, 0), jnp.moveaxis(weights, 2, 0)
+    start = jnp.zeros((*q.shape[:2], k.shape[1]), jnp.float32)
+    return jax.lax.scan(lambda total, one: (total + head(*one), None), start, by_head)[0]
 
 
 def _prefixes(keys: int, topk: int) -> tuple[int, ...]:

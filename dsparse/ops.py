@@ -251,7 +251,7 @@ def _indexer_topk_kernel(q, k, weights, count, *, ends, starts):
 
 
 def _indexer_topk(q, k, weights, count, *, ends, starts):
-    return indexing.indexer_topk(q, k, weights, ends, starts, count, reference.indexer_logits, topk)
+    return indexing.indexer_topk(q, k, weights, ends, starts, count, topk)
 
 
 # ---- windows and compressed entries ---------------------------------------------------------------------------------

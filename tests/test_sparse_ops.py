@@ -99,6 +99,13 @@ def test_topk_breaks_ties_by_position():
         assert len(kept) == len(set(kept)) and set(kept) == expected
 
 
+@pytest.mark.parametrize("heads", [3, 20])
+def test_indexer_logits_head_by_head(heads):
+    rng = np.random.default_rng(0)
+    q, k, weights = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((B, T, heads, H), (B, S, H), (B, T, heads)))
+    np.testing.assert_allclose(indexing.indexer_logits(q, k, weights), reference.indexer_logits(q, k, weights), atol=1e-4)
+
+
 @pytest.mark.parametrize("bounded", [False, True])
 def test_indexer_topk_in_chunks_and_prefixes(monkeypatch, bounded):
     """Neither the chunks of queries nor the prefixes of keys change what is selected."""
@@ -111,7 +118,7 @@ def test_indexer_topk_in_chunks_and_prefixes(monkeypatch, bounded):
     if bounded:
         scores[np.arange(length) < np.asarray(starts).reshape(-1, 1)] = -np.inf
     expected = expected_topk(scores, 6, np.asarray(ends).reshape(-1))
-    for score_bytes, shortest in ((1 << 30, 1 << 30), (3 * 4 * B * N * length, 8)):
+    for score_bytes, shortest in ((1 << 30, 1 << 30), (3 * 4 * B * length, 8)):
         monkeypatch.setattr(indexing, "SCORE_BYTES", score_bytes)
         monkeypatch.setattr(indexing, "SHORTEST_PREFIX", shortest)
         indices = np.asarray(jax.jit(lambda *a: ops.indexer_topk(*a, 6, ends=ends, starts=starts))(q, k, weights))
