@@ -253,7 +253,7 @@ def _storage(
             continue  # reported as unexpected
         stored = sorted({files.tensors[name].dtype for name in tensors.values()}, key=str)
         held = jnp.dtype(_NARROW.get(stored[0], stored[0]))  # JAX has 32 bits unless asked for more
-        if jnp.issubdtype(stored[0], jnp.integer):
+        if jnp.issubdtype(stored[0], jnp.integer) and stored[0] != PACKED_FP4:
             if held != stored[0]:
                 origin.dtypes[layer, path] = stored[0].name
         elif dtype is not None:
@@ -285,7 +285,8 @@ def _compare(files, layout, parameters, sources, rules, slots, origin) -> list[s
                 info = files.tensors[actual]
                 if info.dtype == PACKED_FP4 and parameter.dtype != PACKED_FP4:  # unpacked while it is read
                     if info.shape != (*shape[:-1], shape[-1] // 2):
-                        misshapen.append(f"{actual} is {list(info.shape)} where the config asks for {list(shape)} in 4 bits")
+                        wanted = f"where the config asks for {list(shape)} in 4 bits"
+                        misshapen.append(f"{actual} is {list(info.shape)} {wanted}")
                     continue
                 if info.shape != shape:
                     misshapen.append(f"{actual} is {list(info.shape)} where the config asks for {list(shape)}")

@@ -1,4 +1,4 @@
-"""Attention over a sliding window and compressed entries, for XLA: index lists where they select, a band where they do not.
+"""Attention over a sliding window and compressed entries, for XLA: index lists to select, a band for the window.
 
 A window's indices are the same for neighbouring queries, so blocks of queries multiply with the one slice of rows
 that covers their windows: memory and work are O(T * (window + K)), never T x T.
@@ -68,7 +68,9 @@ def banded_attention(
     if segment_ids is not None:
         inputs["segments"] = blocks_with_earlier(jnp.pad(segment_ids, ((0, 0), (window - 1, 0))))
     if entries is not None:
-        inputs |= {name: blocks(value) for name, value in entries._asdict().items() if name != "rows" and value is not None}
+        inputs |= {
+            name: blocks(value) for name, value in entries._asdict().items() if name != "rows" and value is not None
+        }
 
     def attend(inputs: dict[str, Array]) -> Float[Array, "B block N H"]:
         rows = entries and entries.rows
@@ -76,7 +78,9 @@ def banded_attention(
 
     columns = block + window - 1
     if entries is not None:
-        columns += entries.rows.shape[1] if entries.indices is None else entries.indices.shape[-1] * (1 + width // heads)
+        columns += (
+            entries.rows.shape[1] if entries.indices is None else entries.indices.shape[-1] * (1 + width // heads)
+        )
     at_once = max(1, SCORE_BYTES // (batch * heads * block * columns * 4))
     out = jax.vmap(attend)(inputs) if at_once >= count else jax.lax.map(attend, inputs)
     return jnp.moveaxis(out, 0, 1).reshape(batch, count * block, heads, width)[:, :length]
@@ -103,8 +107,10 @@ def _attend_block(inputs, rows, *, window, scale, sinks, start) -> Float[Array, 
     return _joint_attention(q, parts, scale, sinks)
 
 
-def _joint_attention(q: Float[Array, "B T N H"], parts, scale: float, sinks: Float[Array, " N"]) -> Float[Array, "B T N H"]:
-    """One softmax over several groups of rows, each (rows [B, S, H] or [B, T, S, H], its letters, keep [B, T, 1, S])."""
+def _joint_attention(
+    q: Float[Array, "B T N H"], parts, scale: float, sinks: Float[Array, " N"]
+) -> Float[Array, "B T N H"]:
+    """One softmax over groups of rows, each (rows [B, S, H] or [B, T, S, H], its letters, keep [B, T, 1, S])."""
     sinks = sinks.astype(jnp.float32)
     logits = []
     for rows, letters, keep in parts:

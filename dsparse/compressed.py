@@ -56,7 +56,9 @@ class CompressedAttention(Mixer):
         self.o_a_proj = GroupedLinear(scope["o_a_proj"], width, c.o_groups, c.o_lora_rank, ("heads", None), init)
         self.o_b_proj = Linear(scope["o_b_proj"], c.o_groups * c.o_lora_rank, c.hidden_size, ("embed", "heads"), init)
         self.sinks = scope.param("sinks", (heads,), (None,), zeros, minimum=jnp.float32)
-        shape = (spec.compress_rate, c.head_dim, SERIES.get(spec.mixer)) + ((spec.index_topk,) if spec.index_topk else ())
+        shape = (spec.compress_rate, c.head_dim, SERIES.get(spec.mixer)) + (
+            (spec.index_topk,) if spec.index_topk else ()
+        )
         self.compressor = COMPRESSORS[spec.mixer](scope["compressor"], c, *shape) if spec.compress_rate else None
         self.config = config
         self.scale = c.head_dim**-0.5
@@ -100,7 +102,14 @@ class CompressedAttention(Mixer):
         kv = jnp.pad(kv, ((0, 0), (window - 1, 0), (0, 0)))
         start = jnp.full(len(q), window - 1)
         out = ops.window_attention(
-            q, kv, entries, window=window, scale=self.scale, sinks=self.sinks[...], start=start, segment_ids=context.segment_ids
+            q,
+            kv,
+            entries,
+            window=window,
+            scale=self.scale,
+            sinks=self.sinks[...],
+            start=start,
+            segment_ids=context.segment_ids,
         )
         return out, cache
 
@@ -108,7 +117,9 @@ class CompressedAttention(Mixer):
         """Tokens that also see what the cache holds. They are added to it, so later tokens see them."""
         window, first = self.config.sliding_window, context.positions[:, :1]
         ring = ring_size(window)
-        few = q.shape[1] <= compression.RETRACTABLE  # so few that the ring, when it holds them too, still has every window
+        few = (
+            q.shape[1] <= compression.RETRACTABLE
+        )  # so few that the ring, when it holds them too, still has every window
         if not few:
             earlier = cache.read("kv")[:, :ring].astype(kv.dtype)
             order = (first + jnp.arange(1 - window, 0)) % ring
@@ -123,7 +134,9 @@ class CompressedAttention(Mixer):
         rows = cache.read("kv").astype(q.dtype)
         if few:
             joint = self._joint_indices(context, windows, indices, rows.shape[1] - ring)
-            out, _ = ops.sparse_attention(q, rows, joint, v_head_dim=q.shape[-1], scale=self.scale, sinks=self.sinks[...])
+            out, _ = ops.sparse_attention(
+                q, rows, joint, v_head_dim=q.shape[-1], scale=self.scale, sinks=self.sinks[...]
+            )
             return out, cache
         entries = windows and Entries(rows[:, ring:], windows.first, windows.last, indices)
         kv, start = jnp.concatenate([earlier, kv], axis=1), jnp.maximum(window - 1 - first[:, 0], 0)

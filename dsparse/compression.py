@@ -57,7 +57,7 @@ def whole_windows(context: Context, rate: int, series: int) -> Windows:
 def _segment_windows(context: Context, rate: int, series: int) -> Windows:
     """Windows that restart with every packed segment; a row's entries are numbered in order of their last tokens."""
     segments = context.segment_ids
-    batch, length = segments.shape
+    length = segments.shape[1]
     changed = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
     token = jnp.arange(length)
     index = token - jax.lax.cummax(jnp.where(changed, token, 0), axis=1)  # of the token in its segment
@@ -98,7 +98,7 @@ def ring_size(tokens: int) -> int:
 
 
 def ring_slots(slots: Int[Array, "B T"], size: int) -> Int[Array, "B T"]:
-    """Where a ring stores the tokens whose positions are `slots`; -1 for padding and for what the chunk itself replaces."""
+    """Where a ring stores the tokens whose positions are `slots`; -1 for padding and what the chunk replaces."""
     end = jnp.max(slots, axis=1, keepdims=True) + 1
     return jnp.where((slots >= 0) & (slots >= end - size), slots % size, -1)
 
@@ -177,7 +177,9 @@ class Scorer(nnx.Module):
 
     def __init__(self, scope: Scope, config: ModelConfig):
         init = normal(config.initializer_range)
-        self.weights_proj = Linear(scope["weights_proj"], config.hidden_size, config.index_n_heads, (None, "embed"), init)
+        self.weights_proj = Linear(
+            scope["weights_proj"], config.hidden_size, config.index_n_heads, (None, "embed"), init
+        )
 
 
 class Indexer(Compressor):

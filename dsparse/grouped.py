@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from dsparse.reference import dequantize, swiglu
 
@@ -22,12 +22,12 @@ FEW_ROWS = 32  # up to here (decode) every row gets a copy of its own expert's w
 
 
 class Experts(NamedTuple):
-    """Weights of the SwiGLU experts, [out, in] each; block scales where they are stored in 8 bits."""
+    """Weights of the SwiGLU experts, [out, in] each; block scales where they are stored in 8 or 4 bits."""
 
-    gate_up: Float[Array, "E 2 F D"]
-    down: Float[Array, "E D F"]
-    gate_up_scale_inv: Float[Array, "E 2 Fb Db"] | None = None
-    down_scale_inv: Float[Array, "E Db Fb"] | None = None
+    gate_up: Shaped[Array, "E 2 F D"]
+    down: Shaped[Array, "E D F"]
+    gate_up_scale_inv: Shaped[Array, "E 2 Fb Db"] | None = None
+    down_scale_inv: Shaped[Array, "E Db Fb"] | None = None
 
 
 class Blocks(NamedTuple):

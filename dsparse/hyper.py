@@ -22,7 +22,9 @@ class HyperConnection(nnx.Module):
     def __init__(self, scope: Scope, config: ModelConfig):
         m, width = config.hc_mult, config.hc_mult * config.hidden_size
         outputs = (2 + m) * m
-        self.fn = scope.param("fn", (outputs, width), (None, "embed"), normal(config.initializer_range), minimum=jnp.float32)
+        self.fn = scope.param(
+            "fn", (outputs, width), (None, "embed"), normal(config.initializer_range), minimum=jnp.float32
+        )
         self.base = scope.param("base", (outputs,), (None,), zeros, minimum=jnp.float32)
         self.scale = scope.param("scale", (3,), (None,), ones, minimum=jnp.float32)
         self.config = config
@@ -33,7 +35,8 @@ class HyperConnection(nnx.Module):
         raw = stream_weights(streams, self.fn[...], c.rms_norm_eps)
         scale, base = self.scale[...].astype(jnp.float32), self.base[...].astype(jnp.float32)
         pre, post, mix = (
-            raw[..., start:stop] * scale[i] + base[start:stop] for i, (start, stop) in enumerate(((0, m), (m, 2 * m), (2 * m, None)))
+            raw[..., start:stop] * scale[i] + base[start:stop]
+            for i, (start, stop) in enumerate(((0, m), (m, 2 * m), (2 * m, None)))
         )
         pre, post = jax.nn.sigmoid(pre) + c.hc_eps, 2 * jax.nn.sigmoid(post)
         mix = sinkhorn(mix.reshape(*mix.shape[:-1], m, m), c.hc_sinkhorn_iters, c.hc_eps)
@@ -47,7 +50,8 @@ class HyperConnection(nnx.Module):
         m = self.config.hc_mult
         # Sums over so few streams are written out: as elementwise work they fuse, as batched 4x4 products they do not.
         mixed = [
-            post[..., j, None] * out + sum(mix[..., i, j, None] * streams[..., i, :] for i in range(m)) for j in range(m)
+            post[..., j, None] * out + sum(mix[..., i, j, None] * streams[..., i, :] for i in range(m))
+            for j in range(m)
         ]
         return jnp.stack(mixed, axis=-2)
 
@@ -57,7 +61,9 @@ class HyperHead(nnx.Module):
 
     def __init__(self, scope: Scope, config: ModelConfig):
         m, width = config.hc_mult, config.hc_mult * config.hidden_size
-        self.hc_fn = scope.param("hc_fn", (m, width), (None, "embed"), normal(config.initializer_range), minimum=jnp.float32)
+        self.hc_fn = scope.param(
+            "hc_fn", (m, width), (None, "embed"), normal(config.initializer_range), minimum=jnp.float32
+        )
         self.hc_base = scope.param("hc_base", (m,), (None,), zeros, minimum=jnp.float32)
         self.hc_scale = scope.param("hc_scale", (1,), (None,), ones, minimum=jnp.float32)
         self.config = config
@@ -70,7 +76,7 @@ class HyperHead(nnx.Module):
 
 
 def stream_weights(streams: Float[Array, "B T M D"], fn: Float[Array, "F MD"], eps: float) -> Float[Array, "B T F"]:
-    """fn times the RMS-normed streams, float32. The norm is one factor a token, so it is applied to the few products."""
+    """fn times the RMS-normed streams, float32; the norm, one factor a token, is applied to the few products."""
     wide = streams.reshape(*streams.shape[:2], -1).astype(jnp.float32)
     norm = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return jnp.einsum("BTD,FD->BTF", wide, fn.astype(jnp.float32)) * norm

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from dsparse import banded, gathered, grouped, indexing, reference, sharding
 from dsparse.params import QUANTIZED
@@ -50,9 +50,9 @@ def _dispatch(op: str, implementation: str | None, choices: dict[str, Callable],
 
 
 def linear(
-    x: Float[Array, "*batch D"], weight: Float[Array, "F D"], scale_inv: Float[Array, "Fb Db"] | None = None, out_dtype=None
+    x: Float[Array, "*batch D"], weight: Shaped[Array, "F _"], scale_inv: Shaped[Array, "_ _"] | None = None, out_dtype=None
 ) -> Float[Array, "*batch F"]:
-    """x W^T for W [out, in] in floating point or FP8 blocks; in x's dtype unless `out_dtype` says otherwise."""
+    """x W^T for W [out, in] in floating point, FP8 blocks or packed FP4; in x's dtype unless `out_dtype` says otherwise."""
     if weight.dtype in QUANTIZED and scale_inv is None:
         raise ValueError("an 8- or 4-bit weight needs its block scales")
     weight = reference.dequantize(weight, scale_inv, x.dtype)

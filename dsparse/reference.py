@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from dsparse.params import FP4_BLOCK, FP8_BLOCK, PACKED_FP4
 
@@ -15,7 +15,7 @@ NEG_INF = -1e30  # finite, so that a row without any key stays free of NaN
 
 
 def dequantize(
-    weight: Float[Array, "*lead F D"], scale_inv: Float[Array, "*lead Fb Db"] | None, dtype
+    weight: Shaped[Array, "*lead F _"], scale_inv: Shaped[Array, "*lead _ _"] | None, dtype
 ) -> Float[Array, "*lead F D"]:
     """The weight in `dtype`: 8-bit blocks of 128x128 times their scales (DeepSeek-V3, section 3.3.2); ragged edges allowed.
 

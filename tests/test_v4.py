@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from support import load_transformers, sample_text_tokens, trained_checkpoint
 from flax import nnx
+from support import load_transformers, sample_text_tokens, trained_checkpoint
 from v4_models import model_of, random_reference, stable_topk
 
 import dsparse
@@ -18,12 +18,24 @@ from dsparse.hyper import sinkhorn
 
 VARIATIONS = {
     "defaults": {},
-    "one kind of layer": {"layer_types": ["compressed_sparse_attention"] * 3, "num_hidden_layers": 3, "mlp_layer_types": None},
+    "one kind of layer": {
+        "layer_types": ["compressed_sparse_attention"] * 3,
+        "num_hidden_layers": 3,
+        "mlp_layer_types": None,
+    },
     "windows only": {"layer_types": ["sliding_attention"] * 2, "num_hidden_layers": 2, "mlp_layer_types": ["moe"] * 2},
     "four streams, no shared experts' clamp in reach": {"hc_mult": 4, "hc_sinkhorn_iters": 20, "swiglu_limit": 1e4},
-    "other rates": {"compress_rates": {"compressed_sparse_attention": 3, "heavily_compressed_attention": 7}, "index_topk": 2},
+    "other rates": {
+        "compress_rates": {"compressed_sparse_attention": 3, "heavily_compressed_attention": 7},
+        "index_topk": 2,
+    },
     "sigmoid router": {"scoring_func": "sigmoid", "routed_scaling_factor": 1.0, "num_experts_per_tok": 3},
-    "whole head rotated": {"partial_rotary_factor": 0.5, "qk_rope_head_dim": 16, "index_head_dim": 16, "rope_parameters": None},
+    "whole head rotated": {
+        "partial_rotary_factor": 0.5,
+        "qk_rope_head_dim": 16,
+        "index_head_dim": 16,
+        "rope_parameters": None,
+    },
     "window of one": {"sliding_window": 1, "o_groups": 4},
     "top-k beyond the entries": {"index_topk": 64},
 }
@@ -89,7 +101,9 @@ def test_chosen_entries_equal_transformers(monkeypatch):
     theirs, ours = [], []
     for layer in reference_model.model.layers:
         if hasattr(layer.self_attn.compressor, "indexer"):
-            layer.self_attn.compressor.indexer.register_forward_hook(lambda module, args, out: theirs.append(out.numpy()))
+            layer.self_attn.compressor.indexer.register_forward_hook(
+                lambda module, args, out: theirs.append(out.numpy())
+            )
     choose = ops.indexer_topk
 
     def recorded(*args, **options):
@@ -131,7 +145,9 @@ def cached_logits(model, tokens, cuts, cache):
 def shallow_model():
     """One layer of each kind."""
     kinds = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]
-    return model_of(random_reference(num_hidden_layers=3, layer_types=kinds, mlp_layer_types=["hash_moe", "moe", "moe"]))
+    return model_of(
+        random_reference(num_hidden_layers=3, layer_types=kinds, mlp_layer_types=["hash_moe", "moe", "moe"])
+    )
 
 
 def test_any_split_into_chunks_gives_the_same_result():
@@ -222,7 +238,9 @@ def test_causal_by_gradients():
 def test_window_attention_and_its_gradients_equal_a_dense_mask(indexed):
     random = np.random.default_rng(9)
     batch, time, heads, width, window, rate = 2, 150, 3, 16, 8, 4
-    q, kv = (jnp.asarray(random.normal(size=s), jnp.float32) for s in ((batch, time, heads, width), (batch, time, width)))
+    q, kv = (
+        jnp.asarray(random.normal(size=s), jnp.float32) for s in ((batch, time, heads, width), (batch, time, width))
+    )
     rows = jnp.asarray(random.normal(size=(batch, time // rate, width)), jnp.float32)
     sinks = jnp.asarray(random.normal(size=heads), jnp.float32)
     last = jnp.broadcast_to((jnp.arange(time) + 1) // rate, (batch, time))
@@ -249,7 +267,10 @@ def test_window_attention_and_its_gradients_equal_a_dense_mask(indexed):
         return ops.window_attention(q, padded, entries, window=window, scale=0.3, sinks=sinks, start=start)
 
     weight = jnp.asarray(random.normal(size=q.shape), jnp.float32)
-    results = [jax.value_and_grad(lambda *a, f=f: jnp.sum(f(*a) * weight), (0, 1, 2, 3))(q, kv, rows, sinks) for f in (dense, sparse)]
+    results = [
+        jax.value_and_grad(lambda *a, f=f: jnp.sum(f(*a) * weight), (0, 1, 2, 3))(q, kv, rows, sinks)
+        for f in (dense, sparse)
+    ]
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-4), *results)
 
 
@@ -271,7 +292,9 @@ def test_depth_is_not_traced():
 
     def equations(depth):
         kinds = [("compressed_sparse_attention", "heavily_compressed_attention")[i % 2] for i in range(depth)]
-        config = dsparse.ModelConfig.tiny("deepseek_v4", num_hidden_layers=depth, layer_types=kinds, mlp_layer_types=["moe"] * depth)
+        config = dsparse.ModelConfig.tiny(
+            "deepseek_v4", num_hidden_layers=depth, layer_types=kinds, mlp_layer_types=["moe"] * depth
+        )
         graphdef, state = nnx.split(nnx.eval_shape(lambda: dsparse.Model(config, rngs=nnx.Rngs(0))))
         tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
         return len(str(jax.make_jaxpr(lambda s, t: nnx.merge(graphdef, s)(t))(state, tokens)))
@@ -283,9 +306,9 @@ PUBLISHED = {
     "model_type": "deepseek_v4", "vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
     "head_dim": 32, "qk_rope_head_dim": 8, "q_lora_rank": 48, "o_groups": 2, "o_lora_rank": 24, "sliding_window": 8,
     "index_n_heads": 4, "index_head_dim": 16, "index_topk": 4, "n_routed_experts": 8, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32, "compress_ratios": [0, 0, 4, 128, 0], "num_hash_layers": 1, "compress_rope_theta": 160000,
-    "rope_theta": 10000, "num_nextn_predict_layers": 1, "torch_dtype": "bfloat16", "max_position_embeddings": 4096,
-    "rope_scaling": {"type": "yarn", "factor": 16, "original_max_position_embeddings": 256, "beta_fast": 32, "beta_slow": 1},
+    "moe_intermediate_size": 32, "compress_ratios": [0, 0, 4, 128, 0], "num_hash_layers": 1,
+    "compress_rope_theta": 160000, "rope_theta": 10000, "num_nextn_predict_layers": 1, "torch_dtype": "bfloat16", "max_position_embeddings": 4096,
+    "rope_scaling": {"type": "yarn", "factor": 16, "original_max_position_embeddings": 256, "beta_fast": 32},
 }  # fmt: skip
 
 
@@ -298,7 +321,12 @@ def test_published_spelling_of_the_config():
     assert [spec.compress_rate for spec in config.layers] == [0, 0, 4, 128]
     assert config.qk_rope_head_dim == 8 and config.rope_parameters.rope_theta == 10000
     compress = config.compress_rope_parameters
-    assert (compress.rope_type, compress.rope_theta, compress.factor, compress.attention_factor) == ("yarn", 160000, 16, 1.0)
+    assert (compress.rope_type, compress.rope_theta, compress.factor, compress.attention_factor) == (
+        "yarn",
+        160000,
+        16,
+        1.0,
+    )
     assert config.mtp_layers[0].mixer == "sliding_attention"
 
 

@@ -7,8 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import trained_checkpoint
 from flax import nnx
+from support import trained_checkpoint
 
 import dsparse
 from dsparse.checkpoints.convert import convert
@@ -29,12 +29,12 @@ def assert_same_tensors(a, b):
         assert a[name].tobytes() == b[name].tobytes(), name
 
 
-def small_model(**overrides):
+def small_model():
     """Wide enough for ragged 128x128 blocks, with a multi-token prediction layer."""
     config = dsparse.ModelConfig.tiny(
-        "deepseek_v4", hidden_size=192, num_hidden_layers=3, num_nextn_predict_layers=1, vocab_size=64, n_routed_experts=4,
+        "deepseek_v4", hidden_size=192, num_hidden_layers=3, num_nextn_predict_layers=1, vocab_size=64,
         layer_types=["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
-        mlp_layer_types=["hash_moe", "moe", "moe"], moe_intermediate_size=64, q_lora_rank=136, **overrides,
+        mlp_layer_types=["hash_moe", "moe", "moe"], moe_intermediate_size=64, q_lora_rank=136, n_routed_experts=4,
     )  # fmt: skip
     return dsparse.Model(config, rngs=nnx.Rngs(0))
 
@@ -50,7 +50,10 @@ def quantized_checkpoint(folder):
             bits = codes.view(np.uint8) & 15
             stored[name] = (bits[:, 0::2] | bits[:, 1::2] << 4).view(np.int8)
             meant[name] = codes.astype(np.float32) * np.repeat(scale, 32, axis=1)
-        elif name.endswith((".wq_a.weight", ".wq_b.weight", ".wkv.weight", ".wo_a.weight", ".w1.weight", ".w3.weight")) and "compressor" not in name:
+        elif (
+            name.endswith((".wq_a.weight", ".wq_b.weight", ".wkv.weight", ".wo_a.weight", ".w1.weight", ".w3.weight"))
+            and "compressor" not in name
+        ):
             rows, columns = value.shape
             blocks = np.zeros((-(-rows // 128), -(-columns // 128)), np.float32)
             for i, j in np.ndindex(*blocks.shape):
@@ -68,10 +71,20 @@ def quantized_checkpoint(folder):
 
 
 def write_tensors(file, values):
-    names = {np.dtype(E8M0): "F8_E8M0", np.dtype(E4M3): "F8_E4M3", np.dtype(np.int8): "I8", np.dtype(np.float32): "F32", np.dtype(np.int32): "I32"}
+    names = {
+        np.dtype(E8M0): "F8_E8M0",
+        np.dtype(E4M3): "F8_E4M3",
+        np.dtype(np.int8): "I8",
+        np.dtype(np.float32): "F32",
+        np.dtype(np.int32): "I32",
+    }
     header, offset = {}, 0
     for name, value in values.items():
-        header[name] = {"dtype": names[value.dtype], "shape": list(value.shape), "data_offsets": [offset, offset + value.nbytes]}
+        header[name] = {
+            "dtype": names[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [offset, offset + value.nbytes],
+        }
         offset += value.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

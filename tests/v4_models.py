@@ -26,7 +26,9 @@ def stable_topk(monkeypatch) -> None:
 
 def random_reference(seed: int = 0, **overrides) -> DeepseekV4ForCausalLM:
     """A tiny reference model in which every parameter, biases and sinks too, matters."""
-    config = DeepseekV4Config(**{k: v for k, v in (tiny_config("deepseek_v4") | overrides).items() if k != "model_type"})
+    config = DeepseekV4Config(
+        **{k: v for k, v in (tiny_config("deepseek_v4") | overrides).items() if k != "model_type"}
+    )
     torch.manual_seed(seed)
     model = DeepseekV4ForCausalLM(config).float().eval()
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -51,7 +53,9 @@ def model_of(reference: DeepseekV4ForCausalLM, config: dict | None = None) -> ds
     without_mtp = {"num_nextn_predict_layers": 0}  # the reference has no such layers
     config = dsparse.ModelConfig.from_huggingface((config or reference.config.to_dict()) | without_mtp)
     model = nnx.eval_shape(lambda: dsparse.Model(config, rngs=nnx.Rngs(0)))
-    weights = {name.removeprefix("model."): tensor.detach().float().numpy() for name, tensor in reference.state_dict().items()}
+    weights = {
+        name.removeprefix("model."): tensor.detach().float().numpy() for name, tensor in reference.state_dict().items()
+    }
     filled = []
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         if path[0] != "stacks":
