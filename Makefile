@@ -11,7 +11,7 @@ demo: $(VENV)/installed-tests
 	$(RUN) -m examples.demo.run
 
 test: $(VENV)/installed-tests $(VENV)/h100-compiler
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n 2 --dist loadfile
 
 test-heavy: $(VENV)/installed-tests
 	$(RUN) -m pytest -q -m heavy
