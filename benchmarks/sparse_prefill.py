@@ -57,7 +57,8 @@ def main() -> None:
     parser.add_argument("--dense-up-to", type=int, default=8192, help="more takes gigabytes (default: 8192)")
     arguments = parser.parse_args()
     lengths = [int(n) for n in arguments.lengths.split(",")]
-    print(f"{SHAPE['num_hidden_layers']} layers, {SHAPE['num_attention_heads']} heads, top-{SHAPE['index_topk']}, float32,")
+    layers, heads = SHAPE["num_hidden_layers"], SHAPE["num_attention_heads"]
+    print(f"{layers} layers, {heads} heads, top-{SHAPE['index_topk']}, float32,")
     print(f"{os.cpu_count()} cores, jax {jax.__version__}; microseconds a token, peak memory of the process so far")
     print(f"{'path':18s} {'tokens':>7s} {'us/token':>9s} {'total s':>8s} {'peak GiB':>9s}")
     for kind in ("indexed_attention", "full_attention"):

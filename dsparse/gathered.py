@@ -7,6 +7,7 @@ and adds each row's gradient back where it came from.
 from __future__ import annotations
 
 import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,9 +54,7 @@ def _backward(v_head_dim, scale, residuals, gradients):
         q, indices, d_out, lse, shift = chunk
         rows, logits = _logits(q, kv, indices, scale)
         weights = _weights(logits, lse)
-        d_weights = jnp.einsum(
-            "BTNV,BTKV->BTNK", d_out, rows[..., :v_head_dim], preferred_element_type=jnp.float32
-        )
+        d_weights = jnp.einsum("BTNV,BTKV->BTNK", d_out, rows[..., :v_head_dim], preferred_element_type=jnp.float32)
         d_logits = (weights * (d_weights - shift[..., None]) * scale).astype(q.dtype)
         d_q = jnp.einsum("BTNK,BTKH->BTNH", d_logits, rows, preferred_element_type=jnp.float32)
         d_rows = jnp.einsum("BTNK,BTNH->BTKH", d_logits, q, preferred_element_type=jnp.float32)

@@ -246,10 +246,11 @@ def _spans(numbers: Sequence[int]) -> str:
 
 
 def _summary(report: Report) -> list[str]:
-    active = 100 * report.active_parameters / report.parameters
+    share = 100 * report.active_parameters / report.parameters
+    active = f"{_number(report.active_parameters)} ({share:.1f}%)"
     lines = [
         f"{report.path or 'model'}: {report.model_type}, {sum(len(kind.layers) for kind in report.kinds)} layers",
-        f"parameters: {_number(report.parameters)}, active per token: {_number(report.active_parameters)} ({active:.1f}%)",
+        f"parameters: {_number(report.parameters)}, active per token: {active}",
         f"stored: {_number(report.stored_bytes)} bytes",
         f"cache: {report.cache_bytes_per_token:g} bytes per token in all layers",
     ]
@@ -270,9 +271,14 @@ def _layer_table(report: Report) -> list[str]:
     totals = [sum(k.attention_flops[i] * len(k.layers) for k in report.kinds) for i in range(len(report.lengths))]
     layers = sum(len(kind.layers) for kind in report.kinds)
     parameters = _number(sum(kind.parameters for kind in report.kinds))
-    rows.append(["all", str(layers), parameters, f"{report.cache_bytes_per_token:g}", *(_number(total) for total in totals)])
+    rows.append(
+        ["all", str(layers), parameters, f"{report.cache_bytes_per_token:g}", *(_number(total) for total in totals)]
+    )
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    ]
 
 
 SHOWN = 12  # tokens the table names for a layer
@@ -283,8 +289,11 @@ def _selection_table(report: Report) -> list[str]:
         return []
     if not report.selections:
         return ["", f"no layer selects among {len(report.tokens)} tokens: every top-k covers them"]
-    lines = ["", f"selected by the last of {len(report.tokens)} tokens, nearest first (and by how many queries each layer's most"]
-    lines[-1] += " selected token is)"
+    count = len(report.tokens)
+    lines = [
+        "",
+        f"selected by the last of {count} tokens, nearest first (most often selected: by how many of {count} queries)",
+    ]
     for selection in report.selections:
         last = selection.indices[-1][::-1]
         named = [f"{i}:{report.tokens[i]!r}" if i < len(report.tokens) else str(i) for i in last[:SHOWN]]

@@ -39,7 +39,8 @@ def predict(
 ) -> tuple[Float[Array, "B T D"], Arrays | None]:
     """Layer `depth`: its normed output, and its cache with these positions.
 
-    previous: the layer before's output, or the main model's after its final norm. tokens: token i+1+depth for position i.
+    previous: the layer before's output, or the main model's after its final norm.
+    tokens: token i+1+depth for position i.
     """
     layer = model.mtp[depth]
     with use_mesh(model.mesh):
@@ -98,7 +99,8 @@ def loss(
 ) -> Float[Array, ""]:
     """Mean over the layers of their cross-entropy sums (equation 25 without its weight).
 
-    normed: the main model's output after its final norm. cross_entropy(hidden, head, targets, weights): summed over tokens.
+    normed: the main model's output after its final norm.
+    cross_entropy(hidden, head, targets, weights): summed over tokens.
     """
     context = model.context(targets, None, segment_ids)
     total, hidden = jnp.zeros(()), normed
@@ -140,13 +142,18 @@ class _Round(NamedTuple):
 
 
 def speculative_generate(
-    model: Model, tokens: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, " B"], steps: int, slots: int, stop: Sequence[int]
+    model: Model,
+    tokens: Int[np.ndarray, "B T"],
+    lengths: Int[np.ndarray, " B"],
+    steps: int,
+    slots: int,
+    stop: Sequence[int],
 ) -> tuple[Int[np.ndarray, "B steps"], Acceptance]:
     """Greedy continuation: every round the layers draft one token each, and one pass of the model checks them all.
 
     tokens: prompts, filled on the right to `lengths`. slots: of the caches. A row may go on behind a token of `stop`.
-    With several layers, the deeper ones' caches keep what was drafted where it was wrong: that costs accepted drafts, never
-    a token.
+    With several layers, the deeper ones' caches keep what was drafted where it was wrong: that costs accepted drafts,
+    never a token.
     """
     check(model)
     graphdef, state = nnx.split(model)

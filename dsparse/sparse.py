@@ -102,9 +102,7 @@ class IndexedLatentAttention(LatentAttention):
         out = self.absorbed(q_nope, q_rope, attend)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), cache, selected
 
-    def select(
-        self, x: Array, residual: Array, context: Context, past: CacheLayer | None
-    ) -> Int[Array, "B T K"]:
+    def select(self, x: Array, residual: Array, context: Context, past: CacheLayer | None) -> Int[Array, "B T K"]:
         """The tokens each query attends to: slots of the cache `past`, or rows of `x` without one; -1 for nothing."""
         x, residual = jax.lax.stop_gradient((x, residual))
         q, weights = self.indexer.queries(residual, context), self.indexer.head_weights(x)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from support import load_transformers, sample_text_tokens, trained_checkpoint
 from flax import nnx
 from reference_models import random_pair, reference_continuation, reference_logits, stable_topk
+from support import load_transformers, sample_text_tokens, trained_checkpoint
 
 import dsparse
 
@@ -23,7 +23,10 @@ YARN = {
 VARIANTS = {
     "v32-yarn": ("deepseek_v32", {"rope_parameters": YARN}),
     "v32-biases": ("deepseek_v32", {"attention_bias": True, "n_group": 1, "topk_group": 1, "norm_topk_prob": False}),
-    "v32-tied": ("deepseek_v32", {"tie_word_embeddings": True, "index_topk": 17, "index_n_heads": 3, "index_head_dim": 8}),
+    "v32-tied": (
+        "deepseek_v32",
+        {"tie_word_embeddings": True, "index_topk": 17, "index_n_heads": 3, "index_head_dim": 8},
+    ),
     "v32-dense-mlp": ("deepseek_v32", {"mlp_layer_types": ["sparse", "dense", "dense"]}),
     "glm-full": ("glm_moe_dsa", {}),
     "glm-every-third": ("glm_moe_dsa", {"num_hidden_layers": 6, "index_topk_freq": 3}),

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from support import DEMO, ROOT, trained_checkpoint
 from flax import nnx
 from safetensors import safe_open
+from support import DEMO, ROOT, trained_checkpoint
 
 import dsparse
 from dsparse.config import ModelConfig
@@ -33,7 +33,10 @@ def test_costs_of_sparse_layers():
     kinds = {kind.kind: kind for kind in describe(model, (8, 1000, 2000)).kinds}
     full = next(k for name, k in kinds.items() if "full indexer" in name)
     shared = next(k for name, k in kinds.items() if "shared indexer" in name)
-    latent, attended = config.kv_lora_rank + config.qk_rope_head_dim, 2 * 4 * (2 * config.kv_lora_rank + config.qk_rope_head_dim) * 8
+    latent, attended = (
+        config.kv_lora_rank + config.qk_rope_head_dim,
+        2 * 4 * (2 * config.kv_lora_rank + config.qk_rope_head_dim) * 8,
+    )
     assert shared.attention_flops == (attended,) * 3
     score = 2 * config.index_n_heads * (config.index_head_dim + 1)
     assert full.attention_flops == (attended, attended + 1000 * score, attended + 2000 * score)

@@ -84,11 +84,15 @@ def test_logits_equal_transformers(tmp_path):
 def test_speculative_decoding_changes_nothing(family, layers):
     model, prompts, lengths = model_with(family, layers), random_tokens(2, 20), [20, 13]
     ordinary = dsparse.generate(model, prompts, lengths=lengths, max_new_tokens=30, stop_tokens=())
-    speculative = dsparse.generate(model, prompts, lengths=lengths, max_new_tokens=30, stop_tokens=(), speculative="mtp")
+    speculative = dsparse.generate(
+        model, prompts, lengths=lengths, max_new_tokens=30, stop_tokens=(), speculative="mtp"
+    )
     np.testing.assert_array_equal(speculative, ordinary)
     stop = [int(ordinary[0, 7])]
     ordinary = dsparse.generate(model, prompts, lengths=lengths, max_new_tokens=30, stop_tokens=stop)
-    speculative = dsparse.generate(model, prompts, lengths=lengths, max_new_tokens=30, stop_tokens=stop, speculative="mtp")
+    speculative = dsparse.generate(
+        model, prompts, lengths=lengths, max_new_tokens=30, stop_tokens=stop, speculative="mtp"
+    )
     np.testing.assert_array_equal(speculative, ordinary)
 
 
@@ -123,7 +127,14 @@ def test_training_teaches_the_layer_and_raises_acceptance():
     for weight in (0.3, 0.0):
         model = model_with("deepseek_v3", 1)
         before = np.asarray(model.mtp[0].eh_proj.weight[...])
-        options = {"model": "-", "data": ("-",), "batch_size": 2, "sequence_length": 64, "learning_rate": 5e-3, "warmup_steps": 0}
+        options = {
+            "model": "-",
+            "data": ("-",),
+            "batch_size": 2,
+            "sequence_length": 64,
+            "learning_rate": 5e-3,
+            "warmup_steps": 0,
+        }
         state, step = make_train_step(model, TrainConfig(**options, steps=40, mtp_loss_weight=weight))
         for _ in range(40 if weight else 2):
             state, _ = step(state, batch)
@@ -136,7 +147,9 @@ def test_training_teaches_the_layer_and_raises_acceptance():
             lengths = np.asarray([20], np.int32)
             out, acceptance = mtp.speculative_generate(model, tokens[:1, :20], lengths, 30, 64, ())
             assert acceptance.rate > 0.8, acceptance
-            np.testing.assert_array_equal(out, dsparse.generate(model, tokens[:1, :20], max_new_tokens=30, stop_tokens=()))
+            np.testing.assert_array_equal(
+                out, dsparse.generate(model, tokens[:1, :20], max_new_tokens=30, stop_tokens=())
+            )
     assert np.abs(kept[0.3][1] - kept[0.3][0]).max() > 1e-3
     np.testing.assert_array_equal(*kept[0.0])
 

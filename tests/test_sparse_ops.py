@@ -25,7 +25,11 @@ def dense_masked(q, kv, indices, *, v_head_dim, scale, sinks=None):
     """Every logit, and a mask that keeps the indexed ones."""
     keep = (indices[..., None] == jnp.arange(kv.shape[1])).any(axis=2)[:, :, None]
     logits = jnp.einsum("BTNH,BSH->BTNS", q, kv) * scale
-    sink = jnp.full((*q.shape[:3], 1), reference.NEG_INF) if sinks is None else jnp.broadcast_to(sinks[:, None], (*q.shape[:3], 1))
+    sink = (
+        jnp.full((*q.shape[:3], 1), reference.NEG_INF)
+        if sinks is None
+        else jnp.broadcast_to(sinks[:, None], (*q.shape[:3], 1))
+    )
     masked = jnp.concatenate([jnp.where(keep, logits, reference.NEG_INF), sink], axis=-1)
     lse = jax.nn.logsumexp(masked, axis=-1)
     weights = jnp.where(keep, jnp.exp(jnp.where(keep, logits - lse[..., None], 0.0)), 0.0)
@@ -102,8 +106,12 @@ def test_topk_breaks_ties_by_position():
 @pytest.mark.parametrize("heads", [3, 20])
 def test_indexer_logits_head_by_head(heads):
     rng = np.random.default_rng(0)
-    q, k, weights = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((B, T, heads, H), (B, S, H), (B, T, heads)))
-    np.testing.assert_allclose(indexing.indexer_logits(q, k, weights), reference.indexer_logits(q, k, weights), atol=1e-4)
+    q, k, weights = (
+        jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((B, T, heads, H), (B, S, H), (B, T, heads))
+    )
+    np.testing.assert_allclose(
+        indexing.indexer_logits(q, k, weights), reference.indexer_logits(q, k, weights), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("bounded", [False, True])
@@ -111,7 +119,9 @@ def test_indexer_topk_in_chunks_and_prefixes(monkeypatch, bounded):
     """Neither the chunks of queries nor the prefixes of keys change what is selected."""
     rng = np.random.default_rng(0)
     length = 40
-    q, k, weights = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((B, length, N, H), (B, length, H), (B, length, N)))
+    q, k, weights = (
+        jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((B, length, N, H), (B, length, H), (B, length, N))
+    )
     ends = jnp.broadcast_to(jnp.arange(1, length + 1), (B, length))
     starts = jnp.maximum(ends - 20, 0) if bounded else None
     scores = np.array(reference.indexer_logits(q, k, weights)).reshape(-1, length)
@@ -152,7 +162,7 @@ def test_model_gradients_equal_dense_masked_attention(monkeypatch):
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_memory_of_32k_tokens(backward):
-    """Compiled, not run: scratch memory of a prefill and of a gradient, far below one 32k x 32k score matrix (4 GiB)."""
+    """Compiled, not run: scratch memory of a prefill and a gradient, far below one 32k x 32k score matrix (4 GiB)."""
     config = dsparse.ModelConfig.tiny("deepseek_v32", index_topk=64, max_position_embeddings=1 << 15)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: dsparse.Model(config, rngs=nnx.Rngs(0))))
     tokens = jax.ShapeDtypeStruct((1, 1 << 15), jnp.int32)
