@@ -23,6 +23,7 @@ logger = logging.getLogger("dsparse.ops")
 _chosen: set[tuple[str, str]] = set()
 
 QUERY_BLOCK = 256  # queries attended at once by the XLA path: bounds its score matrix
+CAUSAL_PARTS = 8  # of a sequence, each with its own number of keys
 KEY_BLOCK = 512  # cached keys expanded at once
 
 
@@ -71,26 +72,42 @@ def causal_attention(
     scale: float,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N V"]:
-    """Causal softmax attention within segments. Query blocks see only the keys up to their end: half the products.
+    """Causal softmax attention within segments, by blocks of queries.
 
-    The backward pass computes each block's weights again: no [T, S] matrix outlives its block.
+    Rows are cut into up to CAUSAL_PARTS parts that see only the keys up to their end, which saves almost half the
+    products; within a part blocks follow one another. The backward pass computes each block's weights again: no [T, S]
+    matrix outlives its block.
     """
     length = q.shape[1]
-    index = jnp.arange(length)
+    size = -(-length // min(CAUSAL_PARTS, -(-length // QUERY_BLOCK)))
+    parts = []
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        segments = None if segment_ids is None else segment_ids[:, :stop]
+        parts.append(_attention_part(q[:, start:stop], k[:, :stop], v[:, :stop], segments, start, scale))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def _attention_part(q: Array, k: Array, v: Array, segment_ids: Array | None, start: int, scale: float) -> Array:
+    """Causal attention of the last rows of a sequence, from row `start` on, over all its keys."""
+    batch, rows = q.shape[:2]
+    index = jnp.arange(k.shape[1])
 
     @jax.checkpoint
-    def block(q: Array, k: Array, v: Array, rows: Array, segments: Array | None, key_segments: Array | None) -> Array:
-        keep = rows[None, :, None] >= index[None, None, : k.shape[1]]
-        if segments is not None:
-            keep = keep & (segments[:, :, None] == key_segments[:, None])
+    def block(q: Array, row: Array) -> Array:
+        keep = (row[:, None] >= index)[None]
+        if segment_ids is not None:
+            keep = keep & (segment_ids[:, row, None] == segment_ids[:, None])
         return reference.causal_attention(q, k, v, keep, scale)
 
-    size, blocks = max(QUERY_BLOCK, -(-length // 32)), []  # at most 32 blocks are traced
-    for start in range(0, length, size):
-        rows, keys = slice(start, min(start + size, length)), slice(0, min(start + size, length))
-        segments = (None, None) if segment_ids is None else (segment_ids[:, rows], segment_ids[:, keys])
-        blocks.append(block(q[:, rows], k[:, keys], v[:, keys], index[rows], *segments))
-    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+    if rows <= QUERY_BLOCK:
+        return block(q, start + jnp.arange(rows))
+    blocks = -(-rows // QUERY_BLOCK)
+    padding = blocks * QUERY_BLOCK - rows
+    q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0))).reshape(batch, blocks, QUERY_BLOCK, *q.shape[2:])
+    row = jnp.minimum(start + jnp.arange(blocks * QUERY_BLOCK), k.shape[1] - 1).reshape(blocks, QUERY_BLOCK)
+    out = jax.lax.map(lambda block_inputs: block(*block_inputs), (jnp.moveaxis(q, 1, 0), row))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, blocks * QUERY_BLOCK, *out.shape[3:])[:, :rows]
 
 
 def latent_attention(

@@ -84,7 +84,9 @@ def test_fp8_blocks_with_ragged_edges():
         ops.linear(x, weight)
 
 
-def test_causal_attention_by_blocks_equals_one_mask():
+@pytest.mark.parametrize("block", [256, 64, 16])
+def test_causal_attention_by_blocks_equals_one_mask(block, monkeypatch):
+    monkeypatch.setattr(ops, "QUERY_BLOCK", block)
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 300, 3, 8)) for i in range(3))
     segments = jnp.sort(jax.random.randint(jax.random.key(4), (2, 300), 0, 4), axis=1)
     index = jnp.arange(300)
