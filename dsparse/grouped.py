@@ -137,12 +137,16 @@ def expert_mlp(
         out = in_turns(mlp, rows, jnp.minimum(group, groups - 1), experts).reshape(tokens, chosen, -1)
         out = jnp.where((choice < groups)[..., None], out, 0)
     else:
-        blocks = sorted_blocks(group, groups)
-        slot = blocks.slot.reshape(choice.shape)
-        rows = spread(x, blocks.source, slot).reshape(blocks.group.shape[0], -1, x.shape[-1])
-        out = in_turns(mlp, rows, blocks.group, experts).reshape(blocks.source.shape[0], -1)
-        out = collect(out, blocks.source, slot)
+        out = _padded_experts(mlp, x, sorted_blocks(group, groups), choice.shape, experts)
     return jnp.einsum("TKD,TK->TD", out, weights.astype(out.dtype))
+
+
+@functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable, static_argnums=(0, 3))
+def _padded_experts(mlp, x, blocks: Blocks, shape: tuple[int, int], experts: Experts) -> Float[Array, "T K D"]:
+    """Each token's K results. The backward pass copies rows and weights into blocks again instead of keeping them."""
+    slot = blocks.slot.reshape(shape)
+    rows = spread(x, blocks.source, slot).reshape(blocks.group.shape[0], -1, x.shape[-1])
+    return collect(in_turns(mlp, rows, blocks.group, experts).reshape(blocks.source.shape[0], -1), blocks.source, slot)
 
 
 def sorted_expert_mlp(

@@ -51,10 +51,16 @@ def masked_softmax(logits: Float[Array, "*batch S"], keep: Array) -> Float[Array
 def causal_attention(
     q: Float[Array, "B T N H"], k: Float[Array, "B S N H"], v: Float[Array, "B S N V"], keep: Array, scale: float
 ) -> Float[Array, "B T N V"]:
-    """Softmax attention under a mask `keep` [B|1, T, S]."""
-    logits = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32) * scale
-    weights = masked_softmax(logits, keep[:, None])
-    return jnp.einsum("BNTS,BSNV->BTNV", weights.astype(v.dtype), v)
+    """Softmax attention under a mask `keep` [B|1, T, S] that leaves every query a key.
+
+    Heads come first in both products, and the sum divides the output: on CPU anything else copies or rewrites [T, S].
+    """
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    logits = jnp.einsum("BNTH,BNSH->BNTS", q, k, preferred_element_type=jnp.float32) * scale
+    logits = jnp.where(keep[:, None], logits, NEG_INF)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+    out = jnp.einsum("BNTS,BNSV->BNTV", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return jnp.swapaxes(out / jnp.sum(weights, axis=-1, keepdims=True), 1, 2).astype(v.dtype)
 
 
 def latent_attention(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-CHUNK_BYTES = 64 << 20  # float32 logits held at once, on each part of a sharded batch
+CHUNK_BYTES = 16 << 20  # float32 logits held at once, on each part of a sharded batch
 
 
 def cross_entropy(
@@ -64,12 +64,13 @@ def _chunked_fwd(hidden, head, targets, weights):
         hit = t[..., None] == jnp.arange(head.shape[0], dtype=t.dtype)
         gradient = (jnp.exp(logits - normalizer[..., None]) - hit) * w[..., None]
         gradient = gradient.astype(h.dtype)
-        head_gradient += jnp.einsum("BTV,BTD->VD", gradient, h, preferred_element_type=jnp.float32)
+        # hidden first: the small factor is the one that gets transposed
+        head_gradient += jnp.einsum("BTD,BTV->DV", h, gradient, preferred_element_type=jnp.float32)
         return (total + loss, head_gradient), jnp.einsum("BTV,VD->BTD", gradient, head.astype(h.dtype))
 
-    start = jnp.zeros(()), jnp.zeros(head.shape, jnp.float32)
+    start = jnp.zeros(()), jnp.zeros(head.shape[::-1], jnp.float32)
     (total, head_gradient), hidden_gradient = jax.lax.scan(step, start, (hidden, targets, weights))
-    return total, (hidden_gradient, head_gradient.astype(head.dtype))
+    return total, (hidden_gradient, head_gradient.T.astype(head.dtype))
 
 
 def _chunked_bwd(gradients, g):
