@@ -138,7 +138,9 @@ def main() -> None:
     model = dsparse.from_pretrained(arguments.model, dtype="float32")
     reference = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     versions = f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
-    print(f"{arguments.model.name} ({model.config.model_type}), float32, {os.cpu_count()} x {platform.processor() or platform.machine()}, {versions}")
+    print(
+        f"{arguments.model.name} ({model.config.model_type}), float32, {os.cpu_count()} x {platform.processor() or platform.machine()}, {versions}"
+    )
     print(f"{'work':30s} {'dsparse':>12s} {'transformers':>14s} {'ratio':>7s}")
     rows = (
         ("greedy decode, ms a token", decode(model, reference, tokens)),

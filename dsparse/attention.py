@@ -106,7 +106,9 @@ class LatentAttention(Mixer):
         """Per-head queries: the part that meets the latent, and the rotated part."""
         c = self.config
         q = self.q_proj(residual) if c.q_lora_rank is None else self.q_b_proj(residual)
-        q = constrain(q.reshape(*residual.shape[:2], c.num_attention_heads, c.qk_head_dim), "batch", None, "heads", None)
+        q = constrain(
+            q.reshape(*residual.shape[:2], c.num_attention_heads, c.qk_head_dim), "batch", None, "heads", None
+        )
         q_nope, q_rope = jnp.split(q, [c.qk_nope_head_dim], axis=-1)
         return q_nope, apply_rope(q_rope, context.rope, c.rope_interleave)
 
@@ -141,7 +143,9 @@ class LatentAttention(Mixer):
 
     def _expanded_cached(self, q_nope: Array, q_rope: Array, past: Array, context: Context) -> Float[Array, "B T N V"]:
         q = jnp.concatenate([q_nope, q_rope], axis=-1)
-        return ops.cached_attention(q, past, self.expand, context.positions, v_head_dim=self.config.v_head_dim, scale=self.scale)
+        return ops.cached_attention(
+            q, past, self.expand, context.positions, v_head_dim=self.config.v_head_dim, scale=self.scale
+        )
 
     def _absorbed(self, q_nope: Array, q_rope: Array, past: Array, context: Context) -> Float[Array, "B T N V"]:
         def attend(q):

@@ -30,7 +30,8 @@ def bench(model: Model) -> dict[str, float]:
     result = {}
     for batch in (1, 8):
         first, whole = (
-            seconds(lambda n=new: generate(model, tokens[:batch], max_new_tokens=n, stop_tokens=())) for new in (1, NEW)
+            seconds(lambda n=new, rows=tokens[:batch]: generate(model, rows, max_new_tokens=n, stop_tokens=()))
+            for new in (1, NEW)
         )
         result[f"prefill_tokens_per_s_b{batch}"] = batch * PROMPT / first
         result[f"decode_tokens_per_s_b{batch}"] = batch * (NEW - 1) / (whole - first)

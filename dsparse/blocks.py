@@ -67,7 +67,9 @@ class Block(nnx.Module):
         self.ffn_hc = HyperConnection(scope["ffn_hc"], config) if config.hc_mult else None
         self.input_layernorm = RMSNorm(scope["input_layernorm"], config.hidden_size, config.rms_norm_eps)
         self.self_attn = MIXERS[spec.mixer](scope["self_attn"], config, spec)
-        self.post_attention_layernorm = RMSNorm(scope["post_attention_layernorm"], config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(
+            scope["post_attention_layernorm"], config.hidden_size, config.rms_norm_eps
+        )
         if spec.mlp == "dense":
             self.mlp = GatedMLP(scope["mlp"], config, config.intermediate_size)
         else:
@@ -199,7 +201,9 @@ class Stack(nnx.Module):
         if REMAT_POLICIES[remat] is not None:
             step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
         if self.repeats == 1:  # no scan: the leading axis of 1 costs nothing to index
-            (x, caches, selected), reports = step((x, caches, context.selected), (jax.tree.map(lambda a: a[0], stacked), 0))
+            (x, caches, selected), reports = step(
+                (x, caches, context.selected), (jax.tree.map(lambda a: a[0], stacked), 0)
+            )
             return x, caches, jax.tree.map(lambda a: a[None], reports), selected
         carry = (x, caches, self._initial_selection(context, x, caches))
         (x, caches, selected), reports = jax.lax.scan(step, carry, (stacked, jnp.arange(self.repeats)))
@@ -211,7 +215,9 @@ class Stack(nnx.Module):
         Where the shapes differ the pattern starts with a layer that selects for itself, and the content is not read.
         """
         widths = [
-            block.self_attn.selected_width(spec, x.shape[1], None if caches is None or context.empty_cache else caches[i])
+            block.self_attn.selected_width(
+                spec, x.shape[1], None if caches is None or context.empty_cache else caches[i]
+            )
             for i, (spec, block) in enumerate(zip(self.specs, self.blocks, strict=True))
         ]
         width = next((w for w in reversed(widths) if w is not None), None)

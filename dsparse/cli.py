@@ -40,7 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert", help="convert between Hugging Face and dsparse checkpoints")
     convert.add_argument("source", metavar="SRC")
     convert.add_argument("destination", metavar="DST")
-    convert.add_argument("--format", choices=("huggingface", "dsparse"), default="dsparse", help="of DST (default: dsparse)")
+    convert.add_argument(
+        "--format", choices=("huggingface", "dsparse"), default="dsparse", help="of DST (default: dsparse)"
+    )
     convert.add_argument("--dtype", help="cast weights: float32, bfloat16 or float16 (default: as stored)")
     convert.add_argument("--quantization", help="quantize weights")
     convert.add_argument("--allow-pickle", action="store_true", help="read legacy .bin files, which can run code")
@@ -165,7 +167,11 @@ def run_eval(arguments: argparse.Namespace) -> None:
     model = _load(arguments)
     tokens = read_tokens(arguments.data, arguments.path, model.config)
     result = evaluate(
-        model, tokens, context_length=arguments.context_length, batch_size=arguments.batch_size, progress=not arguments.json
+        model,
+        tokens,
+        context_length=arguments.context_length,
+        batch_size=arguments.batch_size,
+        progress=not arguments.json,
     )
     if arguments.json:
         print(json.dumps(dataclasses.asdict(result)))
@@ -180,7 +186,11 @@ def run_bench(arguments: argparse.Namespace) -> None:
     from dsparse.bench import bench
 
     result = bench(_load(arguments))
-    print(json.dumps(result) if arguments.json else "\n".join(f"{name:28s} {value:12.2f}" for name, value in result.items()))
+    print(
+        json.dumps(result)
+        if arguments.json
+        else "\n".join(f"{name:28s} {value:12.2f}" for name, value in result.items())
+    )
 
 
 if __name__ == "__main__":

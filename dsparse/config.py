@@ -228,7 +228,9 @@ def validate(config: ModelConfig) -> None:
     for name in ("layer_types", "mlp_layer_types"):
         count = len(getattr(config, name))
         if count != config.num_hidden_layers:
-            raise DsparseError(f"config field {name} lists {count} layers, num_hidden_layers is {config.num_hidden_layers}")
+            raise DsparseError(
+                f"config field {name} lists {count} layers, num_hidden_layers is {config.num_hidden_layers}"
+            )
     _validate_layer_types(config)
     if any(kind != "dense" for kind in config.mlp_layer_types):
         _validate_experts(config)
@@ -236,14 +238,18 @@ def validate(config: ModelConfig) -> None:
         _validate_windowed(config)
     for rope in filter(None, (config.rope_parameters, config.compress_rope_parameters)):
         if rope.rope_type not in ("default", "linear", "yarn"):
-            raise DsparseError(f"config field rope_parameters.rope_type {rope.rope_type!r} is not supported (default, linear, yarn)")
+            raise DsparseError(
+                f"config field rope_parameters.rope_type {rope.rope_type!r} is not supported (default, linear, yarn)"
+            )
         if rope.rope_type != "default" and not rope.factor:
             raise DsparseError(f"config field rope_parameters.factor is required for rope_type {rope.rope_type!r}")
 
 
 def _validate_windowed(config: ModelConfig) -> None:
     if config.qk_rope_head_dim > config.head_dim:
-        raise DsparseError(f"config field qk_rope_head_dim ({config.qk_rope_head_dim}) exceeds head_dim ({config.head_dim})")
+        raise DsparseError(
+            f"config field qk_rope_head_dim ({config.qk_rope_head_dim}) exceeds head_dim ({config.head_dim})"
+        )
     if config.num_attention_heads % config.o_groups:
         raise DsparseError(
             f"config field o_groups ({config.o_groups}) does not divide num_attention_heads ({config.num_attention_heads})"
@@ -251,7 +257,9 @@ def _validate_windowed(config: ModelConfig) -> None:
     rates = dict(config.compress_rates)
     for kind in _WINDOWED[1:]:
         if kind in config.layer_types and not (isinstance(rates.get(kind), int) and rates[kind] > 0):
-            raise DsparseError(f"config field compress_rates.{kind} must be a positive integer, found {rates.get(kind)!r}")
+            raise DsparseError(
+                f"config field compress_rates.{kind} must be a positive integer, found {rates.get(kind)!r}"
+            )
     if "compressed_sparse_attention" in config.layer_types and config.index_head_dim < config.qk_rope_head_dim:
         raise DsparseError(
             f"config field index_head_dim ({config.index_head_dim}) is smaller than qk_rope_head_dim ({config.qk_rope_head_dim})"
@@ -291,16 +299,22 @@ def _validate_indexer(config: ModelConfig, indexed: list[int]) -> None:
     if unknown := sorted(set(kinds) - {"full", "shared"}):
         raise DsparseError(f"config field indexer_types: {unknown[0]!r} is not supported (full, shared)")
     if kinds[indexed[0]] != "full":
-        raise DsparseError(f"config field indexer_types: layer {indexed[0]} is shared, but no full layer comes before it")
+        raise DsparseError(
+            f"config field indexer_types: layer {indexed[0]} is shared, but no full layer comes before it"
+        )
 
 
 def _validate_experts(config: ModelConfig) -> None:
     for name in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"):
         value = getattr(config, name)
         if not isinstance(value, int) or value <= 0:
-            raise DsparseError(f"config field {name} must be a positive integer in a mixture of experts, found {value!r}")
+            raise DsparseError(
+                f"config field {name} must be a positive integer in a mixture of experts, found {value!r}"
+            )
     if config.n_routed_experts % config.n_group:
-        raise DsparseError(f"config field n_group ({config.n_group}) does not divide n_routed_experts ({config.n_routed_experts})")
+        raise DsparseError(
+            f"config field n_group ({config.n_group}) does not divide n_routed_experts ({config.n_routed_experts})"
+        )
     if config.topk_group > config.n_group:
         raise DsparseError(f"config field topk_group ({config.topk_group}) exceeds n_group ({config.n_group})")
     eligible = config.n_routed_experts // config.n_group * config.topk_group
@@ -310,10 +324,14 @@ def _validate_experts(config: ModelConfig) -> None:
             f"topk_group ({config.topk_group}) of n_group ({config.n_group}) groups leave"
         )
     if config.scoring_func not in ("softmax", "sigmoid", "sqrtsoftplus"):
-        raise DsparseError(f"config field scoring_func {config.scoring_func!r} is not supported (softmax, sigmoid, sqrtsoftplus)")
+        raise DsparseError(
+            f"config field scoring_func {config.scoring_func!r} is not supported (softmax, sigmoid, sqrtsoftplus)"
+        )
     if config.topk_method not in ("greedy", "group_limited_greedy", "noaux_tc"):
         raise DsparseError(
             f"config field topk_method {config.topk_method!r} is not supported (greedy, group_limited_greedy, noaux_tc)"
         )
     if config.topk_method == "noaux_tc" and config.n_group > 1 and config.n_routed_experts // config.n_group < 2:
-        raise DsparseError(f"config field n_group ({config.n_group}) leaves fewer than 2 experts a group, which noaux_tc scores by")
+        raise DsparseError(
+            f"config field n_group ({config.n_group}) leaves fewer than 2 experts a group, which noaux_tc scores by"
+        )

@@ -109,7 +109,9 @@ def indexer_types(values: Mapping[str, Any]) -> tuple[str, ...]:
         letters = {"F": "full", "S": "shared"}
         return tuple(letters.get(kind, kind) for kind in pattern)
     every, offset = max(values.get("index_topk_freq", 1), 1), values.get("index_skip_topk_offset", 2)
-    return tuple("full" if max(i - offset + 1, 0) % every == 0 else "shared" for i in range(values["num_hidden_layers"]))
+    return tuple(
+        "full" if max(i - offset + 1, 0) % every == 0 else "shared" for i in range(values["num_hidden_layers"])
+    )
 
 
 def mlp_layer_types(values: Mapping[str, Any]) -> tuple[str, ...]:
@@ -132,7 +134,9 @@ def compressed_attention_fields(values: Mapping[str, Any], source: Mapping[str, 
         rates[kind] = values.get(f"compress_rate_{short}", rates.get(kind))
     kinds = values.get("layer_types") or _layer_types_by_ratio(values.get("compress_ratios"))
     if not kinds:  # two heavily compressed layers, then alternating
-        kinds = ["compressed_sparse_attention" if i >= 2 and i % 2 else "heavily_compressed_attention" for i in range(depth)]
+        kinds = [
+            "compressed_sparse_attention" if i >= 2 and i % 2 else "heavily_compressed_attention" for i in range(depth)
+        ]
     hashed = values["num_hash_layers"]
     mlp = values.get("mlp_layer_types") or ["hash_moe" if i < hashed else "moe" for i in range(depth)]
     if source.get("partial_rotary_factor") is None and source.get("qk_rope_head_dim"):
@@ -148,7 +152,9 @@ def compressed_attention_fields(values: Mapping[str, Any], source: Mapping[str, 
 def _layer_types_by_ratio(ratios: list[int] | None) -> list[str]:
     unknown = sorted({ratio for ratio in ratios or () if ratio not in _COMPRESS_RATIOS})
     if unknown:
-        raise DsparseError(f"config field compress_ratios: {unknown[0]!r} is none of 0 (window only), 4 and 128; use layer_types")
+        raise DsparseError(
+            f"config field compress_ratios: {unknown[0]!r} is none of 0 (window only), 4 and 128; use layer_types"
+        )
     return [_COMPRESS_RATIOS[ratio] for ratio in ratios or ()]
 
 
@@ -199,7 +205,12 @@ def tiny_config(family: str) -> dict[str, Any]:
     if "mixer" in FAMILIES[family]:
         common |= {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 2}
     if FAMILIES[family]["scoring_func"] == "softmax":
-        common |= {"topk_method": "group_limited_greedy", "routed_scaling_factor": 1.0, "q_lora_rank": None, "norm_topk_prob": False}
+        common |= {
+            "topk_method": "group_limited_greedy",
+            "routed_scaling_factor": 1.0,
+            "q_lora_rank": None,
+            "norm_topk_prob": False,
+        }
     return common
 
 

@@ -42,5 +42,7 @@ class Context:
 def segment_starts(segment_ids: Int[AnyArray, "B T"]) -> Int[Array, "B T"]:
     """The column at which each token's segment starts; a segment's tokens stand together."""
     column = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
-    changed = jnp.concatenate([jnp.zeros_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    changed = jnp.concatenate(
+        [jnp.zeros_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
+    )
     return jax.lax.cummax(jnp.where(changed, column, 0), axis=1)

@@ -32,7 +32,12 @@ class Evaluation:
 
 
 def evaluate(
-    model: Model, tokens: Int[np.ndarray, " tokens"], *, context_length: int = 1024, batch_size: int = 4, progress: bool = False
+    model: Model,
+    tokens: Int[np.ndarray, " tokens"],
+    *,
+    context_length: int = 1024,
+    batch_size: int = 4,
+    progress: bool = False,
 ) -> Evaluation:
     """Perplexity of one long sequence, cut into windows of `context_length` that overlap by one token.
 

@@ -72,7 +72,12 @@ def generate(
     hidden, cache = prefill(graphdef, state, cache, padded, lengths)
     keys = jax.random.split(jax.random.key(seed), len(tokens))
     first, done = _first_token(graphdef, state, hidden, sampling, keys, stop)
-    loop = _Loop(first, jnp.asarray(lengths), done, jnp.zeros((len(tokens), bucket(max_new_tokens)), jnp.int32).at[:, 0].set(first))
+    loop = _Loop(
+        first,
+        jnp.asarray(lengths),
+        done,
+        jnp.zeros((len(tokens), bucket(max_new_tokens)), jnp.int32).at[:, 0].set(first),
+    )
     step = 1
     if on_token:
         on_token(np.asarray(first), np.asarray(done))

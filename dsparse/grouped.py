@@ -115,7 +115,9 @@ def in_turns(fn: Callable, rows: Float[Array, "b m D"], group: Int[Array, " b"],
 def swiglu_experts(rows: Float[Array, "b m D"], experts: Experts, limit: float | None) -> Float[Array, "b m D"]:
     """Block b through its own expert b."""
     gate_up = dequantize(experts.gate_up, experts.gate_up_scale_inv, rows.dtype)
-    gate_up = gate_up.reshape(gate_up.shape[0], -1, gate_up.shape[-1])  # one plain batched product: XLA's fast path on CPU
+    gate_up = gate_up.reshape(
+        gate_up.shape[0], -1, gate_up.shape[-1]
+    )  # one plain batched product: XLA's fast path on CPU
     gate, up = jnp.split(jnp.einsum("bmd,bfd->bmf", rows, gate_up), 2, axis=-1)
     down = dequantize(experts.down, experts.down_scale_inv, rows.dtype)
     return jnp.einsum("bmf,bdf->bmd", swiglu(gate, up, limit), down)

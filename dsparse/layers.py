@@ -23,7 +23,14 @@ class Linear(nnx.Module):
     """y = x W^T (+ b), with W [out, in]; an 8-bit W is scaled inside the product."""
 
     def __init__(
-        self, scope: Scope, d_in: int, d_out: int, axes: tuple[str | None, str | None], init, bias: bool = False, minimum=None
+        self,
+        scope: Scope,
+        d_in: int,
+        d_out: int,
+        axes: tuple[str | None, str | None],
+        init,
+        bias: bool = False,
+        minimum=None,
     ):
         """minimum: precision below which the weight is not kept when the model's dtype decides."""
         self.weight = scope.param("weight", (d_out, d_in), axes, init, minimum=minimum)
@@ -36,7 +43,9 @@ class Linear(nnx.Module):
 
     def dense_weight(self, dtype) -> Float[Array, "d_out d_in"]:
         """W in floating point, for algebra on the weight itself (MLA's absorbed path)."""
-        return reference.dequantize(self.weight[...], None if self.weight_scale_inv is None else self.weight_scale_inv[...], dtype)
+        return reference.dequantize(
+            self.weight[...], None if self.weight_scale_inv is None else self.weight_scale_inv[...], dtype
+        )
 
 
 class GroupedLinear(nnx.Module):
@@ -48,7 +57,9 @@ class GroupedLinear(nnx.Module):
         self.groups = groups
 
     def __call__(self, x: Float[Array, "B T N H"]) -> Float[Array, "B T F"]:
-        weight = reference.dequantize(self.weight[...], None if self.weight_scale_inv is None else self.weight_scale_inv[...], x.dtype)
+        weight = reference.dequantize(
+            self.weight[...], None if self.weight_scale_inv is None else self.weight_scale_inv[...], x.dtype
+        )
         x = x.reshape(*x.shape[:2], self.groups, -1)
         y = jnp.einsum("BTGD,GFD->BTGF", x, weight.reshape(self.groups, -1, weight.shape[-1]))
         return y.reshape(*y.shape[:2], -1)
@@ -184,7 +195,9 @@ def apply_rope(
     return rotated.astype(x.dtype)
 
 
-def apply_rope_to_tail(x: Float[Array, "B T *heads dim"], cos_sin: Float[Array, "2 B T half"]) -> Float[Array, "B T *heads dim"]:
+def apply_rope_to_tail(
+    x: Float[Array, "B T *heads dim"], cos_sin: Float[Array, "2 B T half"]
+) -> Float[Array, "B T *heads dim"]:
     """Rotate the trailing 2 * half channels in neighbouring pairs; the channels before them pass."""
     size = 2 * cos_sin.shape[-1]
     return jnp.concatenate([x[..., :-size], apply_rope(x[..., -size:], cos_sin, interleave=True)], axis=-1)

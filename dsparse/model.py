@@ -48,7 +48,7 @@ class Model(nnx.Module):
         storage: Sequence[Storage] | None = None,
         mesh: Mesh | None = None,
     ):
-        """storage: stored dtypes for each layer (multi-token prediction layers last), then of the top-level tensors.        """
+        """storage: stored dtypes for each layer (multi-token prediction layers last), then of the top-level tensors."""
         storage = storage or [{}] * (config.num_hidden_layers + config.num_nextn_predict_layers + 1)
         top = Scope(rngs, jnp.dtype(param_dtype or dtype), storage=storage[-1])
         self.embed_tokens = Embedding(top["embed_tokens"], config)
@@ -173,8 +173,15 @@ class Model(nnx.Module):
             cache = []
             for run in self.runs:
                 specs = self.config.layers[run.start : run.start + run.pattern]
-                arrays = [MIXERS[s.mixer].init_cache(self.config, s, run.repeats, batch, slots, self.dtype) for s in specs]
-                cache.append([{k: constrain(a, "layers", "batch", *(None,) * (a.ndim - 2)) for k, a in d.items()} for d in arrays])
+                arrays = [
+                    MIXERS[s.mixer].init_cache(self.config, s, run.repeats, batch, slots, self.dtype) for s in specs
+                ]
+                cache.append(
+                    [
+                        {k: constrain(a, "layers", "batch", *(None,) * (a.ndim - 2)) for k, a in d.items()}
+                        for d in arrays
+                    ]
+                )
         return cache
 
 
@@ -191,7 +198,8 @@ def layer_runs(config: ModelConfig, storage: Sequence[Storage]) -> tuple[Run, ..
 
 def _scopes(top: Scope, storage: Sequence[Storage], run: Run) -> list[Scope]:
     return [
-        Scope(top.rngs, top.dtype, stack=run.repeats, storage=storage[run.start + position]) for position in range(run.pattern)
+        Scope(top.rngs, top.dtype, stack=run.repeats, storage=storage[run.start + position])
+        for position in range(run.pattern)
     ]
 
 

@@ -42,7 +42,9 @@ class Router(nnx.Module):
 
     def __init__(self, scope: Scope, config: ModelConfig, hashed: bool = False):
         experts = config.n_routed_experts
-        self.weight = scope.param("weight", (experts, config.hidden_size), (None, "embed"), normal(config.initializer_range))
+        self.weight = scope.param(
+            "weight", (experts, config.hidden_size), (None, "embed"), normal(config.initializer_range)
+        )
         self.hashed = hashed
         if hashed:
             table = functools.partial(_spread_experts, experts=experts)
@@ -64,10 +66,14 @@ class Router(nnx.Module):
             choice = jax.lax.stop_gradient(self._eligible(scores))
             _, experts = jax.lax.top_k(choice, c.num_experts_per_tok)
         weights = jnp.take_along_axis(scores, experts, axis=-1)
-        if c.norm_topk_prob and c.scoring_func != "softmax":  # the published V2 models leave it off, transformers ignores it
+        if (
+            c.norm_topk_prob and c.scoring_func != "softmax"
+        ):  # the published V2 models leave it off, transformers ignores it
             weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
         chosen = jax.nn.one_hot(experts, c.n_routed_experts).sum(axis=2)
-        return Routing(weights * c.routed_scaling_factor, experts, chosen.sum(axis=(0, 1)), self._balance(scores, chosen))
+        return Routing(
+            weights * c.routed_scaling_factor, experts, chosen.sum(axis=(0, 1)), self._balance(scores, chosen)
+        )
 
     def _eligible(self, scores: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """Scores to choose by: bias added, experts outside the best topk_group groups ruled out."""
@@ -151,7 +157,9 @@ def _sharded_experts(
     gather = expert_axis is not None and expert_axis in (batch[0] if isinstance(batch[0], tuple) else (batch[0],))
     summed = tuple(axis for axis in (None if gather else expert_axis, tensor_axis) if axis)
 
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(batch, batch, batch, specs), out_specs=batch, check_vma=False)
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(batch, batch, batch, specs), out_specs=batch, check_vma=False
+    )
     def run(x, weights, choice, experts):
         here = experts.gate_up.shape[0]
         if gather:
@@ -173,7 +181,9 @@ def _expert_specs(mesh: Mesh, experts: grouped.Experts) -> grouped.Experts:
     scaled = experts.gate_up_scale_inv is not None
     if scaled:
         axes = grouped.Experts(*(("experts", *(None,) * (len(a) - 1)) for a in axes))
-    specs = [None if w is None else sharding.partition_spec(a, w.shape, mesh) for a, w in zip(axes, experts, strict=True)]
+    specs = [
+        None if w is None else sharding.partition_spec(a, w.shape, mesh) for a, w in zip(axes, experts, strict=True)
+    ]
     return grouped.Experts(*specs)
 
 

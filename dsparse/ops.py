@@ -51,7 +51,10 @@ def _dispatch(op: str, implementation: str | None, choices: dict[str, Callable],
 
 
 def linear(
-    x: Float[Array, "*batch D"], weight: Shaped[Array, "F _"], scale_inv: Shaped[Array, "_ _"] | None = None, out_dtype=None
+    x: Float[Array, "*batch D"],
+    weight: Shaped[Array, "F _"],
+    scale_inv: Shaped[Array, "_ _"] | None = None,
+    out_dtype=None,
 ) -> Float[Array, "*batch F"]:
     """x W^T for W [out, in] in floating point, FP8 blocks or packed FP4; in x's dtype unless `out_dtype` says otherwise."""
     if weight.dtype in QUANTIZED and scale_inv is None:
@@ -223,7 +226,9 @@ def topk(
 
     Exact; of equal scores the lowest positions are taken, and 0.0 equals -0.0. An entry of -inf is never taken.
     """
-    return _dispatch("topk", implementation, {"mosaic_gpu": _kernel("topk", "topk"), "xla": reference.topk}, scores, k, lengths)
+    return _dispatch(
+        "topk", implementation, {"mosaic_gpu": _kernel("topk", "topk"), "xla": reference.topk}, scores, k, lengths
+    )
 
 
 def indexer_topk(

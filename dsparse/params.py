@@ -57,7 +57,14 @@ class Scope:
         return jnp.dtype(self.storage.get(self[name].path, self.dtype))
 
     def param(
-        self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init, dtype=None, minimum=None, kind=nnx.Param
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        init,
+        dtype=None,
+        minimum=None,
+        kind=nnx.Param,
     ) -> nnx.Variable:
         """A parameter of the given shape; `axes` are logical axis names (`dsparse.sharding.RULES`).
 

@@ -25,7 +25,9 @@ def dequantize(
         return weight.astype(dtype)
     scale = scale_inv.astype(jnp.float32)
     if weight.dtype == PACKED_FP4:
-        values = jax.lax.bitcast_convert_type(weight, jnp.float4_e2m1fn).astype(jnp.float32)  # [..., D/2, 2], low nibble first
+        values = jax.lax.bitcast_convert_type(weight, jnp.float4_e2m1fn).astype(
+            jnp.float32
+        )  # [..., D/2, 2], low nibble first
         values = values.reshape(*weight.shape[:-1], 2 * weight.shape[-1])
         return (values * jnp.repeat(scale, FP4_BLOCK, axis=-1)[..., : values.shape[-1]]).astype(dtype)
     rows, columns = weight.shape[-2:]
@@ -34,7 +36,9 @@ def dequantize(
     return (weight.astype(jnp.float32) * scale).astype(dtype)
 
 
-def swiglu(gate: Float[Array, "*batch F"], up: Float[Array, "*batch F"], limit: float | None = None) -> Float[Array, "*batch F"]:
+def swiglu(
+    gate: Float[Array, "*batch F"], up: Float[Array, "*batch F"], limit: float | None = None
+) -> Float[Array, "*batch F"]:
     """silu(gate) * up; with a limit, gate is at most that and up within +-limit (DeepSeek-V4)."""
     if limit is not None:
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)

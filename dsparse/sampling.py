@@ -38,7 +38,9 @@ def make_sampling(temperature: float, top_k: int | None, top_p: float | None, mi
     checks = {"temperature": temperature >= 0, "top_k": top_k >= 0, "top_p": 0 < top_p <= 1, "min_p": 0 <= min_p <= 1}
     if bad := [name for name, fine in checks.items() if not fine]:
         values = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        raise DsparseError(f"{bad[0]} {values[bad[0]]!r} is out of range (temperature >= 0, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1)")
+        raise DsparseError(
+            f"{bad[0]} {values[bad[0]]!r} is out of range (temperature >= 0, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1)"
+        )
     filtered = top_k > 0 or top_p < 1 or min_p > 0
     return Sampling(temperature, top_k, top_p, min_p, greedy=temperature == 0, filtered=filtered)
 

@@ -46,7 +46,9 @@ def make_mesh(description: str | Mesh | None) -> Mesh | None:
     for part in description.split(","):
         name, _, size = part.strip().partition("=")
         if name not in sizes or not size.isdigit() or int(size) < 1:
-            raise DsparseError(f"mesh {description!r}: expected axis=size with axes {', '.join(MESH_AXES)}, found {part!r}")
+            raise DsparseError(
+                f"mesh {description!r}: expected axis=size with axes {', '.join(MESH_AXES)}, found {part!r}"
+            )
         sizes[name] = int(size)
     needed, devices = math.prod(sizes.values()), jax.devices()
     if needed > len(devices):

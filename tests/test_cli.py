@@ -19,7 +19,9 @@ def run(capsys, *argv):
 
 
 def test_generate_prints_the_continuation(capsys):
-    status, out, _ = run(capsys, "generate", DEMO, "--prompt", "The king of", "--max-new-tokens", 8, "--dtype", "float32")
+    status, out, _ = run(
+        capsys, "generate", DEMO, "--prompt", "The king of", "--max-new-tokens", 8, "--dtype", "float32"
+    )
     assert status == 0 and out.startswith("The king of") and len(out) > len("The king of") + 4
     status, as_json, _ = run(
         capsys, "generate", DEMO, "--prompt", "The king of", "--max-new-tokens", 8, "--dtype", "float32", "--json"

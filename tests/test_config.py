@@ -127,7 +127,9 @@ def test_inconsistent_configs_are_named(changes, message):
         ModelConfig.from_huggingface(tiny_config("deepseek_v3") | changes)
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "not valid JSON"), ("[]", "expected a JSON object"), (None, "not found")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("{", "not valid JSON"), ("[]", "expected a JSON object"), (None, "not found")]
+)
 def test_unreadable_config_files_are_named(tmp_path, content, message):
     if content is not None:
         (tmp_path / "config.json").write_text(content)

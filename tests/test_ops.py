@@ -27,8 +27,9 @@ def dense_experts(x, choice, weights, experts):
 
 sorted_by_reference = functools.partial(
     grouped.sorted_expert_mlp,
-    swiglu_rows=lambda x, w, sizes: jax.nn.silu(reference.grouped_matmul(x, w[:, 0], sizes))
-    * reference.grouped_matmul(x, w[:, 1], sizes),
+    swiglu_rows=lambda x, w, sizes: (
+        jax.nn.silu(reference.grouped_matmul(x, w[:, 0], sizes)) * reference.grouped_matmul(x, w[:, 1], sizes)
+    ),
     matmul=reference.grouped_matmul,
 )
 
@@ -46,7 +47,9 @@ def test_experts_equal_the_dense_computation(formulation, tokens, chosen):
     def loss(run, x, weights, experts):
         return jnp.sum(jnp.sin(run(x, choice, weights, experts)))
 
-    np.testing.assert_allclose(formulation(x, choice, weights, experts), dense_experts(x, choice, weights, experts), atol=1e-5)
+    np.testing.assert_allclose(
+        formulation(x, choice, weights, experts), dense_experts(x, choice, weights, experts), atol=1e-5
+    )
     ours, expected = (jax.grad(loss, (1, 2, 3))(run, x, weights, experts) for run in (formulation, dense_experts))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, expected)
     assert not np.any(ours[2].gate_up[2]), "an expert without tokens has a gradient of exactly zero"

@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from support import DEMO, sample_text_tokens
 from flax import nnx
 from jax.sharding import PartitionSpec
+from support import DEMO, sample_text_tokens
 
 import dsparse
 from dsparse.sharding import make_mesh, partition_spec
@@ -70,7 +70,12 @@ def test_caches_are_split_over_the_batch(sharded):
 
 @pytest.mark.parametrize(
     ("description", "message"),
-    [("data=3x", "expected axis=size"), ("rows=2", "rows=2"), ("data=16", "needs 16 devices, 8 cpu found"), ("", "expected axis=size")],
+    [
+        ("data=3x", "expected axis=size"),
+        ("rows=2", "rows=2"),
+        ("data=16", "needs 16 devices, 8 cpu found"),
+        ("", "expected axis=size"),
+    ],
 )
 def test_bad_meshes_are_named(description, message):
     with pytest.raises(dsparse.DsparseError, match=message):

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import load_transformers, trained_checkpoint
 from published import make, raw_tensors, tensors, write
+from support import load_transformers, trained_checkpoint
 
 import dsparse
 from dsparse.checkpoints.convert import convert
