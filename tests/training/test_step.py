@@ -165,8 +165,10 @@ def test_prediction_layers_that_get_no_gradient_stay_as_they_are():
     model = small_model(seed=1)
     write_back(model, state)
     np.testing.assert_array_equal(model.lm_head.weight[...], after["lm_head.weight"])
-    with pytest.raises(DsparseError, match="mtp_loss_weight"):
-        make_train_step(model, settings(mtp_loss_weight=0.1))
+    with_their_own_loss, _ = make_train_step(model, settings(mtp_loss_weight=0.1))
+    assert {name for name in ahead if not name.endswith("e_score_correction_bias")} < set(with_their_own_loss.params)
+    with pytest.raises(DsparseError, match="no multi-token prediction layers"):
+        make_train_step(small_model(num_nextn_predict_layers=0), settings(mtp_loss_weight=0.1))
 
 
 @pytest.mark.parametrize(("options", "tolerance"), [({"dtype": "bfloat16"}, 3e-2), ({"remat": "full"}, 1e-5)])
