@@ -40,9 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert", help="convert between Hugging Face and dsparse checkpoints")
     convert.add_argument("source", metavar="SRC")
     convert.add_argument("destination", metavar="DST")
-    convert.add_argument(
-        "--format", choices=("huggingface", "dsparse"), default="dsparse", help="of DST (default: dsparse)"
-    )
+    convert.add_argument("--format", choices=("huggingface", "dsparse"), help="of DST (default: the one SRC is not in)")
     convert.add_argument("--dtype", help="cast weights: float32, bfloat16 or float16 (default: as stored)")
     convert.add_argument("--quantization", help="quantize weights")
     convert.add_argument("--allow-pickle", action="store_true", help="read legacy .bin files, which can run code")
