@@ -113,7 +113,8 @@ def residual(
 class MTPLayer(nnx.Module):
     """Multi-token prediction module (DeepSeek-V3, section 2.2): one block on [norm(embedding), norm(hidden)] projected.
 
-    With hyper-connections the two are projected apart (every stream by the same matrix) and added.
+    With hyper-connections the two are projected apart (every stream by the same matrix) and added; the block's streams
+    are collapsed for the head by weights of the layer's own, and there is no joint `eh_proj`. `mtp.predict` runs it.
     embed_tokens and head are None where they are the main model's, as in every published checkpoint; the layer
     has its own if `scope.storage` names them.
     """
@@ -122,10 +123,10 @@ class MTPLayer(nnx.Module):
         d, init = config.hidden_size, normal(config.initializer_range)
         self.enorm = RMSNorm(scope["enorm"], d, config.rms_norm_eps)
         self.hnorm = RMSNorm(scope["hnorm"], d, config.rms_norm_eps)
+        self.hc_head = HyperHead(scope["hc_head"], config) if config.hc_mult else None
         if config.hc_mult:
             self.e_proj = Linear(scope["e_proj"], d, d, ("embed", None), init)
             self.h_proj = Linear(scope["h_proj"], d, d, ("embed", None), init)
-            self.hc_head = HyperHead(scope["hc_head"], config)
         else:
             self.eh_proj = Linear(scope["eh_proj"], 2 * d, d, ("embed", None), init)
         self.block = Block(scope, config, spec)
@@ -134,6 +135,13 @@ class MTPLayer(nnx.Module):
         self.embed_tokens = Embedding(scope["embed_tokens"], config) if "embed_tokens" in own else None
         head = scope["shared_head.head"]
         self.head = Linear(head, d, config.vocab_size, ("vocab", "embed"), init) if "shared_head.head" in own else None
+
+    def combine(self, embedding: Float[Array, "B T D"], previous: Float[Array, "B T *M D"]) -> Float[Array, "B T *M D"]:
+        """The block's input."""
+        embedding, previous = self.enorm(embedding), self.hnorm(previous)
+        if self.hc_head is None:
+            return self.eh_proj(jnp.concatenate([embedding, previous], axis=-1))
+        return self.e_proj(embedding)[:, :, None] + self.h_proj(previous)
 
 
 class Run(NamedTuple):

@@ -63,6 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float)
     generate.add_argument("--min-p", type=float)
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument(
+        "--speculative", choices=("mtp",), help="let the prediction layers draft; says how often right"
+    )
     generate.set_defaults(run=run_generate)
 
     evaluate = commands.add_parser("eval", help="perplexity on a .txt, .jsonl or .npy file")
@@ -126,15 +129,18 @@ def run_generate(arguments: argparse.Namespace) -> None:
     stream = None if arguments.json else _Stream(tokenizer, set(model.config.eos_token_id))
     if stream:
         print(arguments.prompt, end="", flush=True)
+    acceptance = []
     new = generate(
         model, np.asarray([ids]), max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
         top_k=arguments.top_k, top_p=arguments.top_p, min_p=arguments.min_p, seed=arguments.seed, on_token=stream,
+        speculative=arguments.speculative, on_acceptance=acceptance.append,
     )[0].tolist()  # fmt: skip
     if stream:
         print()
     else:
         text = tokenizer.decode(until_stop(new, model.config.eos_token_id))
-        print(json.dumps({"prompt": arguments.prompt, "text": text, "tokens": new}))
+        drafts = {name: value for found in acceptance for name, value in found._asdict().items()}
+        print(json.dumps({"prompt": arguments.prompt, "text": text, "tokens": new} | drafts))
 
 
 def until_stop(tokens: Sequence[int], stop: Sequence[int]) -> list[int]:

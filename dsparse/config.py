@@ -154,10 +154,12 @@ class ModelConfig:
     def mtp_layers(self) -> tuple[LayerSpec, ...]:
         """Specs of the multi-token prediction layers: each is built like the last layer of the main model.
 
-        Layers that compress are replaced by their sliding window alone (as DeepSeek-V4 publishes them). An indexed layer
-        selects for itself: no layer before it has seen its input.
+        As DeepSeek-V4 publishes them, layers that compress are replaced by their sliding window alone, and none routes by
+        token id. An indexed layer selects for itself: no layer before it has seen its input.
         """
         last = self.layers[-1]
+        if last.mlp == "hash_moe":
+            last = dataclasses.replace(last, mlp="sparse")
         if last.compress_rate:
             last = LayerSpec("sliding_attention", last.mlp)
         elif last.indexer:

@@ -101,14 +101,26 @@ class Model(nnx.Module):
         empty_cache: promise that the cache holds nothing yet (the first chunk of a prompt).
         Each `Routing` is stacked over the layers of its scanned run.
         """
-        x, cache, reports = self._run(tokens, positions, segment_ids, cache, slots, empty_cache=empty_cache)
+        context = self.context(tokens, positions, segment_ids, slots, empty_cache=empty_cache)
+        x, cache, routings = self.residual(context, cache)
+        return self.collapse(x), cache, routings
+
+    def residual(
+        self, context: Context, cache: Cache | None = None
+    ) -> tuple[Float[Array, "B T *M D"], Cache | None, list[Routing]]:
+        """`hidden_states` before hyper-connections' streams are collapsed: what multi-token prediction reads."""
+        x, cache, reports = self._run(context, cache)
         return x, cache, [r.routing for stack in reports for r in stack if r.routing is not None]
 
-    def _run(self, tokens, positions, segment_ids, cache=None, slots=None, **flags: bool):
-        """`hidden_states` with every layer's report instead of the routings. flags: static fields of `Context`."""
+    def collapse(self, residual: Float[Array, "B T *M D"]) -> Float[Array, "B T D"]:
+        """Hyper-connections' streams as one; anything else as it is."""
+        return residual if self.hc_head is None else self.hc_head(residual)
+
+    def _run(self, context: Context, cache: Cache | None = None):
+        """`residual` with every layer's report instead of the routings."""
         with use_mesh(self.mesh):
-            context = self.context(tokens, positions, segment_ids, slots, **flags)
-            tokens = context.tokens
+            tokens = constrain(context.tokens, "batch", None)
+            context = dataclasses.replace(context, tokens=tokens)
             table = constrain(self.embed_tokens.weight[...], "vocab", None)  # rows whole: fsdp may split the batch too
             x = constrain(table[tokens].astype(self.dtype), "batch", None, None)
             if self.hc_head is not None:
@@ -119,8 +131,6 @@ class Model(nnx.Module):
                 context = dataclasses.replace(context, selected=selected)
                 new_cache.append(caches)
                 reports.append(report)
-            if self.hc_head is not None:
-                x = self.hc_head(x)
         return x, None if cache is None else new_cache, reports
 
     def context(
@@ -142,7 +152,6 @@ class Model(nnx.Module):
         compress_rope = None
         if c.compress_rope_parameters is not None:
             compress_rope = rope_cos_sin(c.compress_rope_parameters, c.qk_rope_head_dim, positions)
-        tokens = constrain(tokens, "batch", None)
         return Context(tokens, positions, slots, segment_ids, rope, compress_rope, **flags)
 
     def selections(
@@ -212,7 +221,8 @@ def _forward(graphdef, state, tokens, positions, segment_ids):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _reports(graphdef, state, tokens, segment_ids):
-    return nnx.merge(graphdef, state)._run(tokens, None, segment_ids, report_selected=True)[2]
+    model = nnx.merge(graphdef, state)
+    return model._run(model.context(tokens, None, segment_ids, report_selected=True))[2]
 
 
 def default_positions(tokens: Int[AnyArray, "B T"], segment_ids: Int[AnyArray, "B T"] | None) -> Int[Array, "B T"]:

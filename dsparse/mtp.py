@@ -1,59 +1,57 @@
-"""Multi-token prediction (DeepSeek-V3, section 2.2): forward, training loss, and drafting for speculative decoding.
+"""Multi-token prediction (DeepSeek-V3, section 2.2): forward, training loss, and drafting.
 
-Layer k (from 0) reads what the layer before it made of position i (layer 0: the main model's normed output) and the
-embedding of token i+1+k, and predicts token i+2+k. Every layer's output is normed before the next layer and the head
-read it, as in transformers' `MtpModel`.
+Layer k (from 0) reads what the layer before it carries of position i (layer 0: `first_input` of the main model) and the
+embedding of token i+1+k, and predicts token i+2+k. What is carried is the layer's normed output, as in transformers'
+`MtpModel`; with hyper-connections (DeepSeek-V4) it is the residual streams, which each layer collapses for the head
+with weights of its own.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
-from collections.abc import Sequence
-from typing import NamedTuple
+import dataclasses
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dsparse import ops
 from dsparse.blocks import MIXERS
 from dsparse.cache import Arrays, CacheLayer
+from dsparse.compression import RETRACTABLE
 from dsparse.context import Context
 from dsparse.errors import DsparseError
-from dsparse.model import Cache, Model
+from dsparse.model import Model
 from dsparse.sharding import constrain, use_mesh
 
-logger = logging.getLogger("dsparse.mtp")
+
+def first_input(model: Model, residual: Float[Array, "B T *M D"]) -> Float[Array, "B T *M D"]:
+    """What the first layer reads of the main model: its streams, or without hyper-connections its normed output."""
+    return residual if model.config.hc_mult else model.norm(residual)
 
 
 def predict(
     model: Model,
     depth: int,
-    previous: Float[Array, "B T D"],
+    previous: Float[Array, "B T *M D"],
     tokens: Int[Array, "B T"],
     context: Context,
     cache: Arrays | None = None,
-) -> tuple[Float[Array, "B T D"], Arrays | None]:
-    """Layer `depth`: its normed output, and its cache with these positions.
+) -> tuple[Float[Array, "B T *M D"], Float[Array, "B T D"], Arrays | None]:
+    """Layer `depth`: what it carries to the next layer, what the head reads, and its cache with these positions.
 
-    previous: the layer before's output, or the main model's after its final norm.
-    tokens: token i+1+depth for position i.
+    previous: what the layer before carries, or `first_input`. tokens: token i+1+depth for position i.
     """
     layer = model.mtp[depth]
     with use_mesh(model.mesh):
         table = constrain((model if layer.embed_tokens is None else layer).embed_tokens.weight[...], "vocab", None)
         embedding = constrain(table[tokens].astype(previous.dtype), "batch", None, None)
-        x = layer.eh_proj(jnp.concatenate([layer.enorm(embedding), layer.hnorm(previous)], axis=-1))
-        x, view, _ = layer.block(x, context, None if cache is None else CacheLayer(cache, 0))
-        return layer.norm(x), None if view is None else view.arrays
+        x, view, _ = layer.block(layer.combine(embedding, previous), context, cache and CacheLayer(cache, 0))
+        normed = layer.norm(x if layer.hc_head is None else layer.hc_head(x))
+    return normed if layer.hc_head is None else x, normed, view and view.arrays
 
 
-def logits(model: Model, depth: int, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+def logits(model: Model, depth: int, normed: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
     """The head on a layer's output, float32."""
-    return ops.linear(hidden, head_weight(model, depth), out_dtype=jnp.float32)
+    return ops.linear(normed, head_weight(model, depth), out_dtype=jnp.float32)
 
 
 def head_weight(model: Model, depth: int) -> Float[Array, "V D"]:
@@ -62,11 +60,9 @@ def head_weight(model: Model, depth: int) -> Float[Array, "V D"]:
 
 
 def check(model: Model) -> None:
-    """Raise DsparseError unless the model has layers that this module can run."""
+    """Raise DsparseError unless the model has such layers."""
     if not len(model.mtp):
         raise DsparseError("this model has no multi-token prediction layers")
-    if model.config.hc_mult:
-        raise DsparseError("multi-token prediction with hyper-connections can be converted, but not run")
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -91,7 +87,7 @@ def training_targets(
 
 def loss(
     model: Model,
-    normed: Float[Array, "B T D"],
+    residual: Float[Array, "B T *M D"],
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     segment_ids: Int[Array, "B T"] | None,
@@ -99,161 +95,73 @@ def loss(
 ) -> Float[Array, ""]:
     """Mean over the layers of their cross-entropy sums (equation 25 without its weight).
 
-    normed: the main model's output after its final norm.
+    residual: what the main model's last layer returns (`Model.residual`).
     cross_entropy(hidden, head, targets, weights): summed over tokens.
     """
     context = model.context(targets, None, segment_ids)
-    total, hidden = jnp.zeros(()), normed
+    total, carried = jnp.zeros(()), first_input(model, residual)
     for depth in range(len(model.mtp)):
         tokens, learned, learned_weights = training_targets(targets, weights, segment_ids, depth)
-        hidden, _ = predict(model, depth, hidden, tokens, context)
-        total += cross_entropy(hidden, head_weight(model, depth), learned, learned_weights)
+        carried, normed, _ = predict(model, depth, carried, tokens, context)
+        total += cross_entropy(normed, head_weight(model, depth), learned, learned_weights)
     return total / len(model.mtp)
 
 
-# ---- speculative decoding -------------------------------------------------------------------------------------------
+# ---- drafting -------------------------------------------------------------------------------------------------------
 
 
-class Acceptance(NamedTuple):
-    """How many drafted tokens were tried, and how many the model would have chosen itself."""
-
-    drafted: int
-    accepted: int
-
-    @property
-    def rate(self) -> float:
-        return self.accepted / max(self.drafted, 1)
+def drafters(model: Model) -> int:
+    """How many layers draft: as many tokens as every cache can take back."""
+    return min(len(model.mtp), RETRACTABLE - 1)
 
 
-class _Round(NamedTuple):
-    """State between rounds. token: the last certain one, at `position`. drafts: guesses of those after it.
-
-    out: the continuation, of which `count` tokens are certain.
-    """
-
-    token: Int[Array, " B"]
-    position: Int[Array, " B"]
-    drafts: Int[Array, "B drafts"]
-    out: Int[Array, "B steps"]
-    count: Int[Array, " B"]
-    done: Bool[Array, " B"]
-    drafted: Int[Array, ""]
-    accepted: Int[Array, ""]
+def init_caches(model: Model, count: int, batch: int, slots: int) -> list[Arrays]:
+    """Empty caches of the first `count` layers."""
+    c = model.config
+    return [MIXERS[s.mixer].init_cache(c, s, 1, batch, slots, model.dtype) for s in c.mtp_layers[:count]]
 
 
-def speculative_generate(
+def read_prompt(
     model: Model,
-    tokens: Int[np.ndarray, "B T"],
-    lengths: Int[np.ndarray, " B"],
-    steps: int,
-    slots: int,
-    stop: Sequence[int],
-) -> tuple[Int[np.ndarray, "B steps"], Acceptance]:
-    """Greedy continuation: every round the layers draft one token each, and one pass of the model checks them all.
+    residual: Float[Array, "B T *M D"],
+    ahead: Int[Array, "B W"],
+    context: Context,
+    lengths: Int[Array, " B"],
+    caches: list[Arrays],
+) -> list[Arrays]:
+    """The layers' caches with a part of the prompts, as far as the tokens they read are known.
 
-    tokens: prompts, filled on the right to `lengths`. slots: of the caches. A row may go on behind a token of `stop`.
-    With several layers, the deeper ones' caches keep what was drafted where it was wrong: that costs accepted drafts,
-    never a token.
+    context: of the main model for these tokens. ahead: the tokens from the second of them on, one more for each layer
+    at the end.
     """
-    check(model)
-    graphdef, state = nnx.split(model)
-    slots += len(model.mtp)
-    first, hidden, cache = _prefill(graphdef, state, tokens, jnp.asarray(lengths), slots)
-    drafts, caches = _first_drafts(graphdef, state, hidden, tokens, jnp.asarray(lengths), first, slots)
-    stop = jnp.asarray(list(stop) or [-1], jnp.int32)
-    out = jnp.zeros((len(tokens), steps + len(model.mtp) + 1), jnp.int32).at[:, 0].set(first)
-    zero = jnp.zeros((), jnp.int32)
-    start = _Round(first, jnp.asarray(lengths), drafts, out, jnp.ones_like(first), jnp.isin(first, stop), zero, zero)
-    last = _rounds(graphdef, state, start, cache, caches, stop, steps)
-    acceptance = Acceptance(int(last.drafted), int(last.accepted))
-    logger.info("drafts accepted: %d of %d (%.1f%%)", acceptance.accepted, acceptance.drafted, 100 * acceptance.rate)
-    return np.asarray(last.out[:, :steps]), acceptance
-
-
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _prefill(graphdef, state, tokens, lengths, slots: int):
-    """The first new token of each row, the normed output at every prompt position, and the model's cache."""
-    model = nnx.merge(graphdef, state)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    stored = jnp.where(positions < lengths[:, None], positions, -1)
-    cache = model.init_cache(len(tokens), slots)
-    hidden, cache, _ = model.hidden_states(tokens, positions, cache=cache, slots=stored, empty_cache=True)
-    end = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return jnp.argmax(model.logits(end), axis=-1).astype(jnp.int32), model.norm(hidden), cache
-
-
-@functools.partial(jax.jit, static_argnums=(0, 6))
-def _first_drafts(graphdef, state, hidden, tokens, lengths, first, slots: int):
-    """Run the layers over the prompts: the first drafts, and each layer's cache."""
-    model = nnx.merge(graphdef, state)
-    config, specs = model.config, model.config.mtp_layers
-    caches = [MIXERS[s.mixer].init_cache(config, s, 1, len(tokens), slots, model.dtype) for s in specs]
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    stored = jnp.where(positions < lengths[:, None], positions, -1)
-    context = model.context(tokens, positions, None, stored, empty_cache=True)
-    ahead = _append(jnp.asarray(tokens)[:, 1:], first, lengths - 1)
-    return _draft(model, hidden, ahead, lengths - 1, context, caches)
-
-
-def _append(tokens: Int[Array, "B T"], token: Int[Array, " B"], index: Int[Array, " B"]) -> Int[Array, "B W"]:
-    """`tokens` with one more column, and `token` written at each row's `index`."""
-    padded = jnp.pad(tokens, ((0, 0), (0, 1)))
-    return padded.at[jnp.arange(len(token)), index].set(token)
-
-
-def _draft(model: Model, hidden, ahead, end: Int[Array, " B"], context: Context, caches: list[Arrays]):
-    """One token a layer, from each row's position `end` on. ahead: the token after each position."""
-    drafts, new_caches = [], []
+    carried, length, filled = first_input(model, residual), residual.shape[1], []
     for depth, cache in enumerate(caches):
-        hidden, cache = predict(model, depth, hidden, ahead, context, cache)
-        at_end = jnp.take_along_axis(hidden, end[:, None, None], axis=1)[:, 0]
-        token = jnp.argmax(logits(model, depth, at_end), axis=-1).astype(jnp.int32)
-        ahead = _append(ahead[:, 1:], token, end)
-        drafts.append(token)
-        new_caches.append(cache)
-    return jnp.stack(drafts, axis=1), new_caches
+        known = context.positions + 1 + depth < lengths[:, None]
+        own = dataclasses.replace(context, slots=jnp.where(known, context.positions, -1))
+        carried, _, cache = predict(model, depth, carried, ahead[:, depth : depth + length], own, cache)
+        filled.append(cache)
+    return filled
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _rounds(graphdef, state, start: _Round, cache: Cache, caches: list[Arrays], stop, steps) -> _Round:
-    model = nnx.merge(graphdef, state)
+def draft(
+    model: Model,
+    residual: Float[Array, "B T *M D"],
+    ahead: Int[Array, "B T"],
+    end: Int[Array, " B"],
+    context: Context,
+    caches: list[Arrays],
+) -> tuple[Int[Array, "B drafts"], list[Arrays]]:
+    """The likeliest token of each layer at index `end` of every row, and the layers' caches with these tokens.
 
-    def step(carry):
-        current, cache, caches = carry
-        tried = jnp.concatenate([current.token[:, None], current.drafts], axis=1)
-        positions = current.position[:, None] + jnp.arange(tried.shape[1])
-        hidden, cache, _ = model.hidden_states(tried, positions, cache=cache)
-        chosen = jnp.argmax(model.logits(hidden), axis=-1).astype(jnp.int32)
-        right = jnp.cumprod(chosen[:, :-1] == current.drafts, axis=1).sum(axis=1)  # drafts up to the first wrong one
-        context = model.context(tried, positions, None)
-        drafts, caches = _draft(model, model.norm(hidden), chosen, right, context, caches)
-        return _advance(current, chosen, right, drafts, stop, steps), cache, caches
-
-    def more(carry):
-        return ~jnp.all(carry[0].done)
-
-    start = start._replace(done=start.done | (start.count >= steps))
-    return jax.lax.while_loop(more, step, (start, cache, caches))[0]
-
-
-def _advance(current: _Round, chosen: Int[Array, "B W"], right: Int[Array, " B"], drafts, stop, steps) -> _Round:
-    """Take over the right drafts and the token the model chose after them; rows that are done stay as they are."""
-    rows = jnp.arange(len(right))
-    new = jnp.where(current.done, 0, right + 1)
-    column = current.count[:, None] + jnp.arange(chosen.shape[1])
-    column = jnp.where(current.done[:, None], current.out.shape[1], column)
-    out = current.out.at[rows[:, None], column].set(chosen, mode="drop")
-    taken = jnp.arange(chosen.shape[1]) < new[:, None]
-    count = current.count + new
-    done = current.done | jnp.any(jnp.isin(chosen, stop) & taken, axis=1) | (count >= steps)
-    tried = jnp.where(current.done, 0, current.drafts.shape[1]).sum()
-    return _Round(
-        token=jnp.where(current.done, current.token, chosen[rows, right]),
-        position=current.position + new,
-        drafts=drafts,
-        out=out,
-        count=count,
-        done=done,
-        drafted=current.drafted + tried,
-        accepted=current.accepted + jnp.where(current.done, 0, right).sum(),
-    )
+    ahead: the token after each of these; behind `end` anything. With several layers, the deeper ones' caches keep what
+    was drafted where it turns out wrong: that costs accepted drafts, never a token.
+    """
+    drafts, filled, carried = [jnp.zeros((len(end), 0), jnp.int32)], [], first_input(model, residual)
+    rows = jnp.arange(len(end))
+    for depth, cache in enumerate(caches):
+        carried, normed, cache = predict(model, depth, carried, ahead, context, cache)
+        token = jnp.argmax(logits(model, depth, normed[rows, end]), axis=-1).astype(jnp.int32)
+        ahead = jnp.roll(ahead, -1, axis=1).at[rows, end].set(token)
+        drafts.append(token[:, None])
+        filled.append(cache)
+    return jnp.concatenate(drafts, axis=1), filled

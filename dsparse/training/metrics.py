@@ -56,6 +56,8 @@ class Reporter:
             "grad_norm": norm,
             "tokens_per_second": round(self.tokens / (now - self.since), 1),
         }
+        if "mtp_loss" in metrics:
+            record["mtp_loss"] = float(metrics["mtp_loss"])
         load = np.asarray(metrics["expert_load"], float)
         if load.size:
             record |= {"balance_loss": float(metrics["balance_loss"]), "expert_load": load.round(3).tolist()}

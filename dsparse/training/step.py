@@ -45,8 +45,8 @@ def make_train_step(model: Model, config: TrainConfig) -> tuple[TrainState, Step
     model: with float32 parameters. Its arrays become the state's, and each update consumes the arrays of the state it
     is given: get a usable model back with `write_back`.
 
-    Metrics, scalars unless said: loss (mean over the learned tokens), balance_loss, grad_norm, learning_rate, tokens
-    (learned), expert_load (for each MoE layer, tokens of the busiest expert over the mean), finite. An update whose
+    Metrics, scalars unless said: loss (mean over the learned tokens), mtp_loss (where it is trained), balance_loss,
+    grad_norm, learning_rate, tokens (learned), expert_load (for each MoE layer, tokens of the busiest expert over the mean), finite. An update whose
     loss or gradient is not finite changes nothing.
 
     Raises:
@@ -176,18 +176,16 @@ class _Update:
     config: TrainConfig
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        gradients, loss, balance, loads = self.gradients(state, batch)
+        gradients, losses, loads = self.gradients(state, batch)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(gradient)) for gradient in gradients.values()))
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(norm)
         updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         frozen = state.frozen | self.balanced_biases(state.frozen, loads)
         new = TrainState(state.step + 1, params, frozen, optimizer)
         new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
         layers = [load.max(axis=-1) / load.mean(axis=-1) for load in loads]
-        metrics = {
-            "loss": loss,
-            "balance_loss": balance,
+        metrics = losses | {
             "grad_norm": norm,
             "learning_rate": self.schedule(state.step),
             "tokens": jnp.sum(batch.weights).astype(jnp.int32),
@@ -196,14 +194,14 @@ class _Update:
         }
         return new, metrics
 
-    def gradients(self, state: TrainState, batch: Batch) -> tuple[Arrays, Array, Array, list[Float[Array, "layers E"]]]:
-        """Gradients, loss, balance loss and each MoE run's expert loads of the whole batch."""
+    def gradients(self, state: TrainState, batch: Batch) -> tuple[Arrays, Arrays, list[Float[Array, "_ E"]]]:
+        """Gradients, the losses by name and each MoE run's expert loads of the whole batch."""
         parts, total = self.config.gradient_accumulation, jnp.maximum(jnp.sum(batch.weights), 1.0)
         grad = jax.value_and_grad(self.loss, has_aux=True)
 
         def part(rows):
-            (_, (loss, balance, loads)), gradients = grad(state.params, state.frozen, rows, total)
-            return gradients, loss, balance / parts, loads
+            (_, (losses, loads)), gradients = grad(state.params, state.frozen, rows, total, parts)
+            return gradients, losses, loads
 
         if parts == 1:
             return part(batch)
@@ -214,23 +212,24 @@ class _Update:
         )
         return jax.lax.scan(lambda sums, rows: (jax.tree.map(jnp.add, sums, part(rows)), None), zeros, rows)[0]
 
-    def loss(self, params: Arrays, frozen: Arrays, batch: Batch, total: Array):
-        """This part of the batch's contribution to the loss, which divides by the whole batch's `total` weight."""
+    def loss(self, params: Arrays, frozen: Arrays, batch: Batch, total: Array, parts: int):
+        """What this one of `parts` parts of the batch adds to the loss; `total` is the whole batch's weight."""
         model = merge(self.graphdef, params | frozen)
-        hidden, _, routings = model.hidden_states(batch.tokens, segment_ids=batch.segment_ids)
+        residual, _, routings = model.residual(model.context(batch.tokens, None, batch.segment_ids))
         with use_mesh(model.mesh):
             summed = functools.partial(cross_entropy, batch_ways=batch_ways(model.mesh))
-            normed, weights = model.norm(hidden), batch.weights / total
-            loss = summed(normed, model.head_weight(), batch.targets, weights)
-            mtp_loss = jnp.zeros(())
+            weights = batch.weights / total
+            losses = {
+                "loss": summed(model.norm(model.collapse(residual)), model.head_weight(), batch.targets, weights),
+                "balance_loss": sum((jnp.sum(r.balance_loss) for r in routings), start=jnp.zeros(())) / parts,
+            }
             if self.config.mtp_loss_weight:
-                mtp_loss = mtp.loss(model, normed, batch.targets, weights, batch.segment_ids, summed)
-        balance = sum((jnp.sum(routing.balance_loss) for routing in routings), start=jnp.zeros(()))
-        objective = loss + balance * (self.config.balance_loss_weight / self.config.gradient_accumulation)
-        objective += self.config.mtp_loss_weight * mtp_loss
-        return objective, (loss, balance, [routing.load for routing in routings])
+                losses["mtp_loss"] = mtp.loss(model, residual, batch.targets, weights, batch.segment_ids, summed)
+        objective = losses["loss"] + self.config.balance_loss_weight * losses["balance_loss"]
+        objective += self.config.mtp_loss_weight * losses.get("mtp_loss", 0.0)
+        return objective, (losses, [routing.load for routing in routings])
 
-    def balanced_biases(self, frozen: Arrays, loads: list[Float[Array, "layers E"]]) -> Arrays:
+    def balanced_biases(self, frozen: Arrays, loads: list[Float[Array, "_ E"]]) -> Arrays:
         """Selection biases moved towards underused experts, by a fixed step (arXiv:2408.15664, algorithm 1)."""
         rate = self.config.router_bias_update_rate
         return {
