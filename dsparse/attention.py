@@ -37,10 +37,10 @@ class Mixer(nnx.Module):
         raise NotImplementedError
 
     @staticmethod
-    def selected_width(spec: LayerSpec, length: int, cache: Arrays | None) -> int | None:
+    def selected_width(spec: LayerSpec, length: int, cache: Arrays | None, empty: bool) -> int | None:
         """How many indices it selects for each of `length` tokens, None where it selects nothing.
 
-        cache: what the tokens attend to besides themselves; None where that is nothing.
+        cache: where the tokens are stored, if at all. empty: it holds nothing yet.
         """
         return None
 

@@ -183,11 +183,12 @@ class Stack(nnx.Module):
         self.blocks = nnx.List([Block(scope, config, spec) for scope, spec in zip(scopes, specs, strict=True)])
         self.specs = specs
         self.repeats = run.repeats
+        self.carried = frozenset(spec.mixer for spec in config.layers if spec.indexer == "shared")
 
     def __call__(
         self, x: Float[Array, "B T *M D"], context: Context, caches: list[Arrays] | None, remat: str
-    ) -> tuple[Float[Array, "B T *M D"], list[Arrays] | None, list[Report], Int[Array, "B T K"] | None]:
-        """Output, caches, what each layer of the pattern reports (stacked), and the last selection.
+    ) -> tuple[Float[Array, "B T *M D"], list[Arrays] | None, list[Report], dict[str, Int[Array, "B T K"]]]:
+        """Output, caches, what each layer of the pattern reports (stacked), and the last selections that layers share.
 
         Reports hold selections only if `context.report_selected`: they take `layers * T * K` numbers.
         """
@@ -197,12 +198,13 @@ class Stack(nnx.Module):
             x, caches, selected = carry
             state, layer = inputs
             caches, reports = list(caches) if caches is not None else None, []
-            for position, block in enumerate(nnx.merge(graphdef, state)):
+            for position, (spec, block) in enumerate(zip(self.specs, nnx.merge(graphdef, state), strict=True)):
                 view = None if caches is None else CacheLayer(caches[position], layer)
                 x, view, report = block(x, dataclasses.replace(context, selected=selected), view)
                 if caches is not None:
                     caches[position] = view.arrays
-                selected = selected if report.selected is None else report.selected
+                if spec.mixer in self.carried and report.selected is not None:
+                    selected = selected | {spec.mixer: report.selected}
                 reports.append(report if context.report_selected else report._replace(selected=None))
             return (x, caches, selected), reports
 
@@ -213,22 +215,24 @@ class Stack(nnx.Module):
                 (x, caches, context.selected), (jax.tree.map(lambda a: a[0], stacked), 0)
             )
             return x, caches, jax.tree.map(lambda a: a[None], reports), selected
-        carry = (x, caches, self._initial_selection(context, x, caches))
+        carry = (x, caches, context.selected | self._initial_selections(context, x, caches))
         (x, caches, selected), reports = jax.lax.scan(step, carry, (stacked, jnp.arange(self.repeats)))
         return x, caches, reports, selected
 
-    def _initial_selection(self, context: Context, x: Array, caches: list[Arrays] | None) -> Int[Array, "B T K"] | None:
-        """The selection a scan starts from: of the shape it ends with, as a carry must be.
+    def _initial_selections(
+        self, context: Context, x: Array, caches: list[Arrays] | None
+    ) -> dict[str, Int[Array, "B T K"]]:
+        """What a scan starts from where its layers select: of the shape they end with, as a carry must be.
 
-        Where the shapes differ the pattern starts with a layer that selects for itself, and the content is not read.
+        Where the shape differs from what layers before the scan selected, the pattern starts with a layer that selects
+        for itself, and the content is not read.
         """
-        widths = [
-            block.self_attn.selected_width(
-                spec, x.shape[1], None if caches is None or context.empty_cache else caches[i]
-            )
-            for i, (spec, block) in enumerate(zip(self.specs, self.blocks, strict=True))
-        ]
-        width = next((w for w in reversed(widths) if w is not None), None)
-        if width is None or (context.selected is not None and context.selected.shape[-1] == width):
-            return context.selected
-        return jnp.full((*x.shape[:2], width), -1, jnp.int32)
+        start = {}
+        for i, (spec, block) in enumerate(zip(self.specs, self.blocks, strict=True)):
+            cache = None if caches is None else caches[i]
+            width = block.self_attn.selected_width(spec, x.shape[1], cache, context.empty_cache)
+            if spec.mixer in self.carried and width is not None:
+                before = context.selected.get(spec.mixer)
+                fits = before is not None and before.shape[-1] == width
+                start[spec.mixer] = before if fits else jnp.full((*x.shape[:2], width), -1, jnp.int32)
+        return start

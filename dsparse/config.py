@@ -36,10 +36,9 @@ class RopeParameters:
     partial_rotary_factor: float = 1.0
 
 
-INDEXED_MIXERS = ("indexed_attention",)  # select tokens
-SELECTING_MIXERS = (*INDEXED_MIXERS, "compressed_sparse_attention")  # select tokens or entries, index_topk of them
+SELECTING_MIXERS = ("indexed_attention", "compressed_sparse_attention")  # select tokens or entries, index_topk of them
 MIXER_KINDS = (
-    "full_attention", *INDEXED_MIXERS, "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention",
+    "full_attention", "indexed_attention", "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention",
 )  # fmt: skip
 
 
@@ -51,7 +50,8 @@ class LayerSpec:
     mlp: "dense", "sparse" for a mixture of experts, or "hash_moe" for one that is routed by token id.
     compress_rate: tokens that share one compressed entry; 0 where the mixer compresses nothing.
     index_topk: how many tokens or entries the layer attends to, where it selects; a shared layer's is its full layer's.
-    indexer: of indexed attention: "full" selects tokens itself, "shared" takes what the last full layer before it selected.
+    indexer: of layers that select: "full" selects itself, "shared" takes what the last full layer of the same mixer before
+        it selected.
     """
 
     mixer: str
@@ -140,14 +140,14 @@ class ModelConfig:
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
         """Specs of the main model's layers, first to last."""
-        rates, topk, full_topk, specs = dict(self.compress_rates), self.index_topk, None, []
+        rates, full_topk, specs = dict(self.compress_rates), {}, []
         for i, (mixer, mlp) in enumerate(zip(self.layer_types, self.mlp_layer_types, strict=True)):
-            layer_topk, indexer = topk[i] if isinstance(topk, tuple) else topk, None
-            if mixer in INDEXED_MIXERS:
+            indexer = None
+            if mixer in SELECTING_MIXERS:
                 indexer = self.indexer_types[i]
-                layer_topk = full_topk = layer_topk if indexer == "full" else full_topk
-            selects = mixer in SELECTING_MIXERS
-            specs.append(LayerSpec(mixer, mlp, rates.get(mixer, 0), layer_topk if selects else None, indexer))
+                if indexer == "full":
+                    full_topk[mixer] = self.index_topk[i] if isinstance(self.index_topk, tuple) else self.index_topk
+            specs.append(LayerSpec(mixer, mlp, rates.get(mixer, 0), full_topk.get(mixer), indexer))
         return tuple(specs)
 
     @property
@@ -262,10 +262,6 @@ def _validate_windowed(config: ModelConfig) -> None:
             raise DsparseError(
                 f"config field compress_rates.{kind} must be a positive integer, found {rates.get(kind)!r}"
             )
-    if "compressed_sparse_attention" in config.layer_types and config.index_head_dim < config.qk_rope_head_dim:
-        raise DsparseError(
-            f"config field index_head_dim ({config.index_head_dim}) is smaller than qk_rope_head_dim ({config.qk_rope_head_dim})"
-        )
 
 
 def _validate_layer_types(config: ModelConfig) -> None:
@@ -277,8 +273,7 @@ def _validate_layer_types(config: ModelConfig) -> None:
             raise DsparseError(f"config field {name}: {unknown[0]!r} is not supported ({', '.join(known)})")
     if selecting := [i for i, kind in enumerate(config.layer_types) if kind in SELECTING_MIXERS]:
         _validate_topk(config, selecting)
-    if indexed := [i for i, kind in enumerate(config.layer_types) if kind in INDEXED_MIXERS]:
-        _validate_indexer(config, indexed)
+        _validate_indexer(config, selecting)
 
 
 def _validate_topk(config: ModelConfig, selecting: list[int]) -> None:
@@ -290,7 +285,7 @@ def _validate_topk(config: ModelConfig, selecting: list[int]) -> None:
             raise DsparseError(f"config field index_topk must be a positive integer, found {value!r}")
 
 
-def _validate_indexer(config: ModelConfig, indexed: list[int]) -> None:
+def _validate_indexer(config: ModelConfig, selecting: list[int]) -> None:
     if config.index_head_dim < config.qk_rope_head_dim:
         raise DsparseError(
             f"config field index_head_dim ({config.index_head_dim}) is smaller than qk_rope_head_dim ({config.qk_rope_head_dim})"
@@ -300,10 +295,12 @@ def _validate_indexer(config: ModelConfig, indexed: list[int]) -> None:
         raise DsparseError(f"config field indexer_types lists {len(kinds)} layers, num_hidden_layers is {depth}")
     if unknown := sorted(set(kinds) - {"full", "shared"}):
         raise DsparseError(f"config field indexer_types: {unknown[0]!r} is not supported (full, shared)")
-    if kinds[indexed[0]] != "full":
-        raise DsparseError(
-            f"config field indexer_types: layer {indexed[0]} is shared, but no full layer comes before it"
-        )
+    for mixer in SELECTING_MIXERS:
+        first = next((i for i in selecting if config.layer_types[i] == mixer), None)
+        if first is not None and kinds[first] != "full":
+            raise DsparseError(
+                f"config field indexer_types: layer {first} is shared, but no full layer comes before it ({mixer})"
+            )
 
 
 def _validate_experts(config: ModelConfig) -> None:

@@ -24,7 +24,7 @@ class Context:
     rope: cos and sin of the positions.
     compress_rope: the same for layers that compress, where the config gives them a rotary embedding of their own.
     empty_cache: the cache holds nothing yet, so tokens attend among themselves only.
-    selected: what the last layer with an indexer selected, for layers that share it; see `ops.sparse_attention`.
+    selected: what the last layer of each mixer that selects for itself selected, for layers of that mixer that share it.
     report_selected: keep every layer's selection, for inspection.
     """
 
@@ -35,7 +35,7 @@ class Context:
     rope: Float[Array, "2 B T half"]
     compress_rope: Float[Array, "2 B T half"] | None = None
     empty_cache: bool = dataclasses.field(default=False, metadata={"static": True})
-    selected: Int[Array, "B T K"] | None = None
+    selected: dict[str, Int[Array, "B T K"]] = dataclasses.field(default_factory=dict)
     report_selected: bool = dataclasses.field(default=False, metadata={"static": True})
 
 

@@ -65,7 +65,7 @@ class IndexedLatentAttention(LatentAttention):
     def __init__(self, scope: Scope, config: ModelConfig, spec: LayerSpec):
         super().__init__(scope, config, spec)
         self.indexer = Indexer(scope["indexer"], config) if spec.indexer == "full" else None
-        self.topk = spec.index_topk
+        self.topk, self.mixer = spec.index_topk, spec.mixer
 
     @staticmethod
     def init_cache(config: ModelConfig, spec: LayerSpec, layers: int, batch: int, slots: int, dtype) -> Arrays:
@@ -75,8 +75,8 @@ class IndexedLatentAttention(LatentAttention):
         return cache
 
     @staticmethod
-    def selected_width(spec: LayerSpec, length: int, cache: Arrays | None) -> int | None:
-        tokens = length if cache is None else cache["latent"].shape[2]
+    def selected_width(spec: LayerSpec, length: int, cache: Arrays | None, empty: bool) -> int | None:
+        tokens = length if cache is None or empty else cache["latent"].shape[2]
         return spec.index_topk if spec.indexer == "full" and tokens > spec.index_topk else None
 
     def __call__(
@@ -93,7 +93,7 @@ class IndexedLatentAttention(LatentAttention):
         if (x.shape[1] if past is None else past.arrays["latent"].shape[2]) <= self.topk:
             return self.attend_to_all(q_nope, q_rope, latent, context, cache), cache, None
         selected = None if self.indexer is None else self.select(x, residual, context, past)
-        indices = context.selected if selected is None else selected
+        indices = context.selected[self.mixer] if selected is None else selected
         kv = latent if past is None else past.read("latent").astype(latent.dtype)
 
         def attend(q):

@@ -237,20 +237,6 @@ def test_contradictions_are_named(overrides, message):
     assert message in str(error.value)
 
 
-def test_any_family_mixes_dense_and_indexed_layers():
-    """A V3 config with its own choice of layers, top-k and sharing; cached in pieces equals one pass."""
-    config = dsparse.ModelConfig.tiny(
-        "deepseek_v3", num_hidden_layers=6, index_topk=[6, 6, 6, 12, 12, 12], index_n_heads=2, index_head_dim=16,
-        layer_types=["indexed_attention", "full_attention", "indexed_attention"] * 2,
-        indexer_types=["full", "full", "shared", "full", "full", "shared"], q_lora_rank=None,
-    )  # fmt: skip
-    model = dsparse.Model(config, rngs=nnx.Rngs(0))
-    tokens = random_tokens(2, 50)
-    widths = [None if s is None else s.shape[-1] for s in model.selections(tokens)]
-    assert widths == [6, None, None, 12, None, None]
-    assert_pieces_equal_one_pass(model, tokens, [0, 20, 21, 22, 42, 43, 50])
-
-
 @pytest.mark.parametrize(("family", "options"), [("deepseek_v32", {}), ("glm_moe_dsa", {"index_topk_freq": 2})])
 def test_any_pieces_equal_one_pass(family, options):
     """One token, fewer than top-k, more than top-k; beginning before and beyond top-k."""

@@ -344,16 +344,3 @@ def test_published_spelling_of_the_config():
 def test_inconsistent_config_is_refused_by_name(change, message):
     with pytest.raises(dsparse.DsparseError, match=message):
         dsparse.ModelConfig.from_huggingface(PUBLISHED | change)
-
-
-def test_mixed_with_latent_attention():
-    """Any mixer in any layer: windows, entries and MLA in one model, cached as uncached."""
-    kinds = ["full_attention", "compressed_sparse_attention", "full_attention", "heavily_compressed_attention"]
-    config = dsparse.ModelConfig.tiny(
-        "deepseek_v4", num_hidden_layers=4, layer_types=kinds, mlp_layer_types=["dense", "moe", "moe", "dense"],
-        intermediate_size=48, kv_lora_rank=32, qk_nope_head_dim=16, v_head_dim=16,
-    )  # fmt: skip
-    model = dsparse.Model(config, rngs=nnx.Rngs(0))
-    tokens = random_tokens(1, 50)
-    logits, _ = cached_logits(model, tokens, (20, 40), model.init_cache(1, 64))
-    np.testing.assert_allclose(logits, model(tokens), atol=1e-4)
