@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Float, Int
 
 from dsparse.blocks import MIXERS
 from dsparse.config import LayerSpec, ModelConfig
@@ -36,10 +37,18 @@ class Layers:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What one layer selects: for each query of `tokens`, positions of tokens (of entries in layers that compress)."""
+    """What one layer attends to, for each query of the text.
+
+    indices: sorted positions of tokens, or numbers of entries where the layer compresses: entry e is made of the
+        `compress_rate` tokens from e * compress_rate on. window: of newest tokens that are seen besides; 0: none.
+    shared_from: the layer that selected, where this one shares.
+    """
 
     layer: int
     indices: list[list[int]]
+    window: int = 0
+    compress_rate: int = 0
+    shared_from: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +76,8 @@ def inspect_checkpoint(
 ) -> Report:
     """Describe the checkpoint in `path`; its weights are read only for `text`.
 
-    text: show which of its tokens each layer selects for each of them. heat_map: draw that into this PNG file.
+    text: show which of its tokens (or compressed entries) each layer selects for each of them. heat_map: draw that
+        into this PNG file.
 
     Raises:
         DsparseError: the checkpoint does not fit its config, or a heat map is asked for without text or selections.
@@ -184,17 +194,34 @@ def _with_selections(report: Report, path: Path, text: str) -> Report:
     ids = tokenizer.encode(text)
     if not ids:
         raise DsparseError("the text is empty: give at least one token")
-    selected = from_pretrained(path).selections(np.asarray([ids], np.int32))
-    found = [
-        Selection(layer, [sorted(int(i) for i in row if i >= 0) for row in np.asarray(indices[0])])
-        for layer, indices in enumerate(selected)
-        if indices is not None
-    ]
+    model = from_pretrained(path)
+    selected = [None if s is None else np.asarray(s[0]) for s in model.selections(np.asarray([ids], np.int32))]
+    found = list(layer_selections(model.config, selected, len(ids)))
     return dataclasses.replace(report, tokens=[tokenizer.decode([i]) for i in ids], selections=found)
 
 
+def layer_selections(
+    config: ModelConfig, selected: Sequence[Int[np.ndarray, "T K"] | None], length: int
+) -> Iterator[Selection]:
+    """What each layer attends to that does not simply see every token. selected: `Model.selections` of one text."""
+    full: dict[str, int] = {}
+    for layer, spec in enumerate(config.layers):
+        if spec.indexer == "full":
+            full[spec.mixer] = layer
+        source = full.get(spec.mixer, layer)
+        indices, rate = selected[source], spec.compress_rate
+        window = 0 if spec.mixer in ("full_attention", "indexed_attention") else config.sliding_window
+        if indices is not None:
+            rows = [sorted(int(i) for i in row if i >= 0) for row in indices]
+        elif window:  # no entry, or all of them
+            rows = [list(range((query + 1) // rate)) if rate else [] for query in range(length)]
+        else:
+            continue
+        yield Selection(layer, rows, window, rate, source if source != layer else None)
+
+
 def draw_selections(report: Report, file: Path) -> None:
-    """One panel a layer: queries downwards, the tokens they select to the right."""
+    """One panel a layer: queries downwards, the tokens they attend to to the right, those of entries lighter."""
     if not report.selections:
         raise DsparseError("nothing to draw: no layer selects among so few tokens (give a text longer than index_topk)")
     try:
@@ -206,22 +233,26 @@ def draw_selections(report: Report, file: Path) -> None:
     figure = Figure(figsize=(4 * columns, 4 * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel, selection in zip(panels, report.selections, strict=False):
-        panel.imshow(selected_mask(selection), cmap="Blues", interpolation="nearest", vmin=0, vmax=1)
-        panel.set_title(f"layer {selection.layer}")
-        panel.set_xlabel("selected")
+        panel.imshow(attended(selection), cmap="Blues", interpolation="nearest", vmin=0, vmax=1)
+        panel.set_title(_title(selection))
+        panel.set_xlabel("token")
         panel.set_ylabel("query")
     for panel in panels[len(report.selections) :]:
         panel.axis("off")
     figure.savefig(file, dpi=100)
 
 
-def selected_mask(selection: Selection) -> np.ndarray:
-    """bool [T, S]: query t selects s."""
-    width = max((row[-1] for row in selection.indices if row), default=0) + 1
-    mask = np.zeros((len(selection.indices), width), bool)
+def attended(selection: Selection) -> Float[np.ndarray, "T T"]:
+    """1 where a query attends to a token itself, 0.5 where it attends to an entry made of it."""
+    length, rate = len(selection.indices), selection.compress_rate
+    shades = np.zeros((length, length))
     for query, row in enumerate(selection.indices):
-        mask[query, row] = True
-    return mask
+        if rate:
+            shades[query, [token for e in row for token in range(e * rate, (e + 1) * rate)]] = 0.5
+        else:
+            shades[query, row] = 1.0
+        shades[query, max(0, query + 1 - selection.window) : query + 1 if selection.window else 0] = 1.0
+    return shades
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------
@@ -281,7 +312,16 @@ def _layer_table(report: Report) -> list[str]:
     ]
 
 
-SHOWN = 12  # tokens the table names for a layer
+SHOWN = 12  # tokens or entries the table names for a layer
+
+
+def _title(selection: Selection) -> str:
+    parts = [f"window of {selection.window}"] if selection.window else []
+    if selection.compress_rate:
+        parts.append(f"entries of {selection.compress_rate}")
+    if selection.shared_from is not None:
+        parts.append(f"as layer {selection.shared_from}")
+    return f"layer {selection.layer}" + (f" ({', '.join(parts)})" if parts else "")
 
 
 def _selection_table(report: Report) -> list[str]:
@@ -295,9 +335,18 @@ def _selection_table(report: Report) -> list[str]:
         f"selected by the last of {count} tokens, nearest first (most often selected: by how many of {count} queries)",
     ]
     for selection in report.selections:
-        last = selection.indices[-1][::-1]
-        named = [f"{i}:{report.tokens[i]!r}" if i < len(report.tokens) else str(i) for i in last[:SHOWN]]
-        counts = selected_mask(selection).sum(axis=0)
+        last, rate = selection.indices[-1][::-1], selection.compress_rate
+        if selection.window and len(last) == (count // rate if rate else 0):
+            lines.append(_title(selection) + (f": all {len(last)} entries" if rate else ""))
+            continue
+        named = " ".join(_named(report.tokens, selection, i) for i in last[:SHOWN])
         more = f" and {len(last) - SHOWN} more" if len(last) > SHOWN else ""
-        lines.append(f"layer {selection.layer}: {' '.join(named)}{more} ({int(counts.argmax())}: {int(counts.max())})")
+        counts = np.bincount([i for row in selection.indices for i in row])
+        lines.append(f"{_title(selection)}: {named}{more} ({counts.argmax()}: {counts.max()})")
     return lines
+
+
+def _named(tokens: Sequence[str], selection: Selection, index: int) -> str:
+    """A token, or the tokens of an entry."""
+    first, size = index * (selection.compress_rate or 1), selection.compress_rate or 1
+    return f"{index}:{''.join(tokens[first : first + size])!r}"

@@ -8,7 +8,7 @@ from support import DEMO, ROOT, trained_checkpoint
 
 import dsparse
 from dsparse.config import ModelConfig
-from dsparse.inspect import describe, inspect_checkpoint
+from dsparse.inspect import attended, describe, inspect_checkpoint, layer_selections
 
 
 def test_counts_of_the_demo():
@@ -54,6 +54,36 @@ def test_selections_and_heat_map(tmp_path):
             assert len(row) == len(set(row)) == min(query + 1, 64) and row[-1] <= query
     assert file.read_bytes().startswith(b"\x89PNG")
     assert "layer 5:" in str(report)
+
+
+def test_windows_and_entries_of_v4(tmp_path):
+    """Every query sees its window; entries end before it, all of them or top-k; the picture shows both."""
+    folder, file = trained_checkpoint("v4"), tmp_path / "selected.png"
+    text = (ROOT / "examples" / "demo" / "text.txt").read_text(encoding="utf-8")[:700]
+    report = inspect_checkpoint(folder, text, heat_map=file)
+    config, length = ModelConfig.from_huggingface(folder), len(report.tokens)
+    assert length > 4 * config.index_topk and [s.layer for s in report.selections] == list(range(6))
+    for spec, selection in zip(config.layers, report.selections, strict=True):
+        shades = attended(selection)
+        for query, row in enumerate(selection.indices):
+            visible = (query + 1) // spec.compress_rate
+            assert len(set(row)) == min(visible, spec.index_topk or visible) and set(row) <= set(range(visible))
+            near = slice(max(0, query - 63), query + 1)
+            covered = {t for e in row for t in range(e * spec.compress_rate, (e + 1) * spec.compress_rate)}
+            assert (shades[query, near] == 1).all() and (shades[query, query + 1 :] == 0).all()
+            assert set(np.flatnonzero(shades[query])) == covered | set(range(length)[near])
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert "layer 0 (window of 64, entries of 32): all" in str(report)
+    assert "layer 3 (window of 64, entries of 4): " in str(report)
+
+
+def test_shared_layers_show_what_they_share():
+    config = ModelConfig.tiny("deepseek_v32", indexer_types=["full", "shared", "full"])
+    rows = [np.array([[0, -1], [1, 0]]), None, np.array([[0, -1], [0, 1]])]
+    found = list(layer_selections(config, rows, 2))
+    assert [(s.layer, s.shared_from, s.indices) for s in found] == [
+        (0, None, [[0], [0, 1]]), (1, 0, [[0], [0, 1]]), (2, None, [[0], [0, 1]]),
+    ]  # fmt: skip
 
 
 def test_no_selection_is_said():
