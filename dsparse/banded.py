@@ -86,6 +86,32 @@ def banded_attention(
     return jnp.moveaxis(out, 0, 1).reshape(batch, count * block, heads, width)[:, :length]
 
 
+def index_lists(
+    kv: Float[Array, "B L H"],
+    entries: Entries | None,
+    *,
+    window: int,
+    start: Int[Array, " B"],
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B S H"], Int[Array, "B T K"]]:
+    """The rows and entries of `banded_attention` in one table, and which of them each query sees: what kernels take."""
+    row = jnp.arange(kv.shape[1] - (window - 1))[:, None] + jnp.arange(window)
+    keep = row >= start[:, None, None]
+    if segment_ids is not None:
+        segments = jnp.pad(segment_ids, ((0, 0), (window - 1, 0)))
+        keep = keep & (segments[:, row] == segment_ids[..., None])
+    lists = [jnp.where(keep, row, -1)]
+    if entries is None:
+        return kv, lists[0]
+    indices = entries.indices
+    if indices is None:
+        entry = jnp.arange(entries.rows.shape[1])
+        seen = (entry >= entries.first[..., None]) & (entry < entries.last[..., None])
+        indices = jnp.where(seen, entry, -1)
+    lists.append(jnp.where(indices < 0, -1, kv.shape[1] + indices))
+    return jnp.concatenate([kv, entries.rows], axis=1), jnp.concatenate(lists, axis=-1)
+
+
 def _attend_block(inputs, rows, *, window, scale, sinks, start) -> Float[Array, "B block N H"]:
     q, kv = inputs["q"], inputs["kv"]
     block, count = q.shape[1], kv.shape[1]

@@ -157,18 +157,18 @@ def sorted_expert_mlp(
     weights: Float[Array, "T K"],
     experts: Experts,
     swiglu_rows: Callable,
-    matmul: Callable,
+    down_rows: Callable,
 ) -> Float[Array, "T D"]:
     """`expert_mlp` by products of rows sorted by expert, without padding: what grouped matmul kernels take.
 
-    swiglu_rows(rows, gate_up, sizes) and matmul(rows, down, sizes) give 0 for rows past the last group.
+    swiglu_rows(rows, experts, sizes) and down_rows(rows, experts, sizes) give 0 for rows past the last group.
     """
     groups, group = experts.gate_up.shape[0], choice.reshape(-1)
     order = jnp.argsort(group, stable=True)
     place = jnp.zeros_like(order).at[order].set(jnp.arange(group.size), unique_indices=True).reshape(choice.shape)
     sizes = jnp.bincount(group, length=groups + 1)[:groups].astype(jnp.int32)
-    hidden = swiglu_rows(spread(x, order, place), experts.gate_up.astype(x.dtype), sizes)
-    out = collect(matmul(hidden, experts.down.astype(x.dtype), sizes), order, place)
+    hidden = swiglu_rows(spread(x, order, place), experts, sizes)
+    out = collect(down_rows(hidden, experts, sizes), order, place)
     return jnp.einsum("TKD,TK->TD", out, weights.astype(out.dtype))
 
 

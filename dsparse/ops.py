@@ -1,14 +1,13 @@
 """Every op with more than one implementation, and the choice between them.
 
-`implementation=None` takes the first that supports the arguments on this machine ("mosaic_gpu" kernels on Hopper
-GPUs, else "xla") and logs the choice once; a name means exactly that one, or the reason why not as
-NotImplementedError. References are in `dsparse.reference`.
+`implementation=None` takes the first that supports the arguments on this machine (on Hopper GPUs the "mosaic_gpu"
+kernels and "cudnn", else "xla") and logs the choice once; a name means exactly that one, or the reason why not as
+NotImplementedError. `dispatch.prefer` names one for all ops. References are in `dsparse.reference`.
 """
 
 from __future__ import annotations
 
-import importlib
-import logging
+import functools
 from collections.abc import Callable
 
 import jax
@@ -16,35 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from dsparse import banded, gathered, grouped, indexing, reference, sharding
+from dsparse import banded, dispatch, gathered, grouped, indexing, reference, sharding
 from dsparse.params import QUANTIZED
-
-logger = logging.getLogger("dsparse.ops")
-_chosen: set[tuple[str, str]] = set()
 
 QUERY_BLOCK = 256  # queries attended at once by the XLA path: bounds its score matrix
 CAUSAL_PARTS = 8  # of a sequence, each with its own number of keys
 KEY_BLOCK = 512  # cached keys expanded at once
-
-
-def _dispatch(op: str, implementation: str | None, choices: dict[str, Callable], *args, **kwargs):
-    """Call the named implementation, or the first of `choices` that does not refuse."""
-    if implementation is not None and implementation not in choices:
-        raise NotImplementedError(f"{op} has no implementation {implementation!r} (known: {', '.join(choices)})")
-    names = [implementation] if implementation else list(choices)
-    for name in names:
-        try:
-            result = choices[name](*args, **kwargs)
-        except NotImplementedError as refusal:
-            if name == names[-1]:
-                raise
-            logger.debug("%s: %s refused: %s", op, name, refusal)
-            continue
-        if (op, name) not in _chosen:
-            _chosen.add((op, name))
-            logger.info("%s is served by %s", op, name)
-        return result
-    raise AssertionError("unreachable")
+EXPANDED_BYTES = 4 << 30  # most memory for all cached keys and values expanded at once, where cuDNN takes them
 
 
 # ---- linear maps ----------------------------------------------------------------------------------------------------
@@ -74,8 +51,27 @@ def causal_attention(
     *,
     scale: float,
     segment_ids: Int[Array, "B T"] | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "B T N V"]:
-    """Causal softmax attention within segments, by blocks of queries.
+    """Causal softmax attention within segments. Differentiable; keeps no [T, S] matrix for the backward pass."""
+    choices = {"cudnn": _causal_attention_cudnn, "xla": _causal_attention}
+    return dispatch.call("causal_attention", implementation, choices, q, k, v, scale=scale, segment_ids=segment_ids)
+
+
+def _causal_attention_cudnn(q, k, v, *, scale, segment_ids):
+    kernel = dispatch.kernel("cudnn", "attention")
+
+    def attend(q, k, v, segments):
+        keep = None if segments is None else segments[:, :, None] == segments[:, None]
+        return kernel(q, k, v, scale=scale, causal=True, keep=keep)
+
+    heads = ("batch", None, "heads", None)
+    segments = () if segment_ids is None else ("batch", None)
+    return dispatch.on_each_device(attend, (heads, heads, heads, segments), heads, q, k, v, segment_ids)
+
+
+def _causal_attention(q: Array, k: Array, v: Array, *, scale: float, segment_ids: Array | None) -> Array:
+    """By blocks of queries.
 
     Rows are cut into up to CAUSAL_PARTS parts that see only the keys up to their end, which saves almost half the
     products; within a part blocks follow one another. The backward pass computes each block's weights again: no [T, S]
@@ -120,10 +116,24 @@ def latent_attention(
     *,
     v_head_dim: int,
     scale: float,
+    implementation: str | None = None,
 ) -> Float[Array, "B T N V"]:
     """A few queries over a cache of shared key-value rows; a query at position p sees slots 0..p."""
+    choices = {"mosaic_gpu": _latent_attention_kernel, "xla": _latent_attention}
+    return dispatch.call(
+        "latent_attention", implementation, choices, q, latent, positions, v_head_dim=v_head_dim, scale=scale
+    )
+
+
+def _latent_attention(q, latent, positions, **options):
     keep = jnp.arange(latent.shape[1]) <= positions[..., None]
-    return reference.latent_attention(q, latent, keep, v_head_dim=v_head_dim, scale=scale)
+    return reference.latent_attention(q, latent, keep, **options)
+
+
+def _latent_attention_kernel(q, latent, positions, **options):
+    """Sparse attention to every slot up to the query's."""
+    slot = jnp.arange(latent.shape[1])
+    return _sparse_attention_kernel(q, latent, jnp.where(slot <= positions[..., None], slot, -1), **options)[0]
 
 
 def cached_attention(
@@ -134,11 +144,35 @@ def cached_attention(
     *,
     v_head_dim: int,
     scale: float,
+    implementation: str | None = None,
 ) -> Float[Array, "B T N V"]:
-    """Many queries over a cache of latents that `expand` turns into keys and values, block by block.
+    """Many queries over a cache of latents that `expand` turns into keys and values. Not differentiable."""
+    choices = {"cudnn": _cached_attention_cudnn, "xla": _cached_attention}
+    return dispatch.call(
+        "cached_attention", implementation, choices, q, past, expand, positions, v_head_dim=v_head_dim, scale=scale
+    )
 
-    Online softmax over as many key blocks as the longest row needs: work follows the filled part of the cache,
-    not its size, and no [T, S] score matrix is kept. Not differentiable.
+
+def _cached_attention_cudnn(q, past, expand, positions, *, v_head_dim, scale):
+    kernel = dispatch.kernel("cudnn", "attention")
+    batch, slots, _ = past.shape
+    expanded = batch * slots * q.shape[2] * (q.shape[3] + v_head_dim) * q.dtype.itemsize
+    if expanded > EXPANDED_BYTES:
+        raise NotImplementedError(f"all keys and values of the cache would take {expanded >> 20} MiB")
+
+    def attend(q, k, v, positions):
+        keep = jnp.arange(slots) <= positions[..., None]
+        lengths = jnp.max(positions, axis=1) + 1
+        return kernel(q, k, v, scale=scale, causal=False, keep=keep, lengths=jnp.minimum(lengths, slots))
+
+    heads = ("batch", None, "heads", None)
+    return dispatch.on_each_device(attend, (heads, heads, heads, ("batch", None)), heads, q, *expand(past), positions)
+
+
+def _cached_attention(q, past, expand, positions, *, v_head_dim, scale):
+    """Online softmax over as many key blocks as the longest row needs.
+
+    Work follows the filled part of the cache, not its size, and no [T, S] score matrix is kept.
     """
     size = min(KEY_BLOCK, past.shape[1])
     slots = jnp.arange(past.shape[1])
@@ -170,24 +204,6 @@ def cached_attention(
 # ---- sparse attention -----------------------------------------------------------------------------------------------
 
 
-def _kernel(module: str, name: str) -> Callable:
-    """A kernel of `dsparse.kernels`, imported when it is called; refuses where there is no GPU."""
-
-    def call(*args, **kwargs):
-        mesh = sharding.current_mesh()
-        if jax.default_backend() != "gpu":
-            raise NotImplementedError(f"needs a GPU, found {jax.default_backend()}")
-        if mesh is not None and mesh.size > 1:
-            raise NotImplementedError("does not split over a mesh")
-        try:
-            found = getattr(importlib.import_module(f"dsparse.kernels.{module}"), name)
-        except (ImportError, AttributeError) as error:
-            raise NotImplementedError(f"kernel {module}.{name} is not there ({error})") from error
-        return found(*args, **kwargs)
-
-    return call
-
-
 def sparse_attention(
     q: Float[Array, "B T N H"],
     kv: Float[Array, "B S H"],
@@ -208,14 +224,25 @@ def sparse_attention(
     gives 0 and -inf (or its sink). Differentiable in q, kv and sinks, in memory proportional to T*K.
     """
     choices = {
-        "mosaic_gpu": _kernel("sparse_attention", "sparse_attention"),
+        "mosaic_gpu": _sparse_attention_kernel,
         "xla": lambda q, kv, indices, *, v_head_dim, scale, sinks: gathered.sparse_attention(
             q, kv, indices, sinks, v_head_dim, scale
         ),
         "reference": reference.sparse_attention,
     }
-    return _dispatch(
+    return dispatch.call(
         "sparse_attention", implementation, choices, q, kv, indices, v_head_dim=v_head_dim, scale=scale, sinks=sinks
+    )
+
+
+def _sparse_attention_kernel(q, kv, indices, *, v_head_dim, scale, sinks=None):
+    kernel = dispatch.kernel("sparse_attention", "sparse_attention")
+    queries, rows = ("batch", None, "heads", None), ("batch", None, None)
+    return dispatch.on_each_device(
+        lambda q, kv, indices, sinks: kernel(q, kv, indices, v_head_dim=v_head_dim, scale=scale, sinks=sinks),
+        (queries, rows, rows, () if sinks is None else ("heads",)),
+        (queries, queries[:-1]),
+        *(q, kv, indices, sinks),
     )
 
 
@@ -226,9 +253,21 @@ def topk(
 
     Exact; of equal scores the lowest positions are taken, and 0.0 equals -0.0. An entry of -inf is never taken.
     """
-    return _dispatch(
-        "topk", implementation, {"mosaic_gpu": _kernel("topk", "topk"), "xla": reference.topk}, scores, k, lengths
+    return dispatch.call(
+        "topk", implementation, {"mosaic_gpu": _topk_kernel, "xla": reference.topk}, scores, k, lengths
     )
+
+
+def _topk_kernel(scores, k, lengths):
+    kernel = dispatch.kernel("topk", "topk")
+
+    def select(scores, lengths):
+        positions = kernel(scores, k, lengths)
+        chosen = jnp.take_along_axis(scores, jnp.maximum(positions, 0), axis=1)
+        return jnp.where(chosen > -jnp.inf, positions, -1)  # the kernel takes -inf where nothing else is left
+
+    rows = ("batch", None)
+    return dispatch.on_each_device(select, (rows, () if lengths is None else ("batch",)), rows, scores, lengths)
 
 
 def indexer_topk(
@@ -249,7 +288,7 @@ def indexer_topk(
     choices = {"mosaic_gpu": _indexer_topk_kernel, "xla": _indexer_topk}
 
     def select(q, k, weights, ends, starts):
-        return _dispatch("indexer_topk", implementation, choices, q, k, weights, topk, ends=ends, starts=starts)
+        return dispatch.call("indexer_topk", implementation, choices, q, k, weights, topk, ends=ends, starts=starts)
 
     return _without_gradient(select)(q, k, weights, ends, starts)
 
@@ -267,9 +306,14 @@ def _without_gradient(select: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def _indexer_topk_kernel(q, k, weights, count, *, ends, starts):
-    if starts is not None:
-        raise NotImplementedError("every query sees the keys from 0 on")
-    return _kernel("indexer", "indexer_topk")(q, k, weights, ends, count)
+    kernel = dispatch.kernel("indexer", "indexer_topk")
+    rows = ("batch", None)
+    return dispatch.on_each_device(
+        lambda q, k, weights, ends, starts: kernel(q, k, weights, ends, count, starts=starts),
+        ((*rows, None, None), (*rows, None), (*rows, None), rows, () if starts is None else rows),
+        (*rows, None),
+        *(q, k, weights, ends, starts),
+    )
 
 
 def _indexer_topk(q, k, weights, count, *, ends, starts):
@@ -292,9 +336,14 @@ def window_attention(
     implementation: str | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention over the last `window` rows, the visible entries and a sink per head (`banded.banded_attention`)."""
-    choices = {"xla": banded.banded_attention}
+    choices = {"mosaic_gpu": _window_attention_kernel, "xla": banded.banded_attention}
     options = {"window": window, "scale": scale, "sinks": sinks, "start": start, "segment_ids": segment_ids}
-    return _dispatch("window_attention", implementation, choices, q, kv, entries, **options)
+    return dispatch.call("window_attention", implementation, choices, q, kv, entries, **options)
+
+
+def _window_attention_kernel(q, kv, entries, *, window, scale, sinks, start, segment_ids):
+    rows, indices = banded.index_lists(kv, entries, window=window, start=start, segment_ids=segment_ids)
+    return _sparse_attention_kernel(q, rows, indices, v_head_dim=q.shape[-1], scale=scale, sinks=sinks)[0]
 
 
 # ---- mixture of experts ---------------------------------------------------------------------------------------------
@@ -308,8 +357,8 @@ def grouped_matmul(
     implementation: str | None = None,
 ) -> Float[Array, "M F"]:
     """Rows sorted by group times their group's W^T (W is [out, in]); rows past the last group give 0. Differentiable."""
-    choices = {"mosaic_gpu": _kernel("grouped_matmul", "grouped_matmul"), "xla": grouped.grouped_matmul}
-    return _dispatch("grouped_matmul", implementation, choices, x, weights, group_sizes)
+    choices = {"mosaic_gpu": dispatch.kernel("grouped_matmul", "grouped_matmul"), "xla": grouped.grouped_matmul}
+    return dispatch.call("grouped_matmul", implementation, choices, x, weights, group_sizes)
 
 
 def expert_mlp(
@@ -326,11 +375,51 @@ def expert_mlp(
     limit: clamps gate and up before the activation (`reference.swiglu`).
     """
     choices = {"mosaic_gpu": _expert_mlp_kernel, "xla": grouped.expert_mlp}
-    return _dispatch("expert_mlp", implementation, choices, x, choice, weights, experts, limit)
+    return dispatch.call("expert_mlp", implementation, choices, x, choice, weights, experts, limit)
 
 
 def _expert_mlp_kernel(x, choice, weights, experts, limit):
-    if limit is not None or experts.gate_up_scale_inv is not None:
-        raise NotImplementedError("no kernel for clamped activations or 8-bit weights")
-    swiglu, matmul = (_kernel("grouped_matmul", name) for name in ("grouped_swiglu", "grouped_matmul"))
-    return grouped.sorted_expert_mlp(x, choice, weights, experts, swiglu, matmul)
+    if sharding.current_mesh() is not None:  # `moe` calls this on every device alone
+        raise NotImplementedError("does not split over a mesh by itself")
+    if experts.gate_up_scale_inv is not None:
+        return _fp8_expert_mlp_kernel(x, choice, weights, experts, limit)
+    swiglu, matmul = (dispatch.kernel("grouped_matmul", name) for name in ("grouped_swiglu", "grouped_matmul"))
+    return grouped.sorted_expert_mlp(
+        x,
+        choice,
+        weights,
+        experts,
+        lambda rows, experts, sizes: swiglu(rows, experts.gate_up.astype(rows.dtype), sizes, limit),
+        lambda rows, experts, sizes: matmul(rows, experts.down.astype(rows.dtype), sizes),
+    )
+
+
+def _fp8_expert_mlp_kernel(x, choice, weights, experts, limit):
+    """Rows are quantized too, 128 values to a scale, as DeepSeek-V3 computes (section 3.3.2). Its gradient is XLA's."""
+    if x.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"8-bit experts take bfloat16 rows, not {x.dtype}")
+    names = ("quantize_rows", "grouped_matmul_fp8")
+    quantize, matmul = (dispatch.kernel("grouped_matmul_quantized", name) for name in names)
+
+    def product(rows, weight, scale_inv, sizes):
+        return matmul(*quantize(rows), weight, scale_inv.astype(jnp.float32), sizes)
+
+    def swiglu(rows, experts, sizes):
+        gate_up = product(rows, experts.gate_up, experts.gate_up_scale_inv, sizes)
+        return reference.swiglu(gate_up[:, 0], gate_up[:, 1], limit)
+
+    def down(rows, experts, sizes):
+        return product(rows, experts.down, experts.down_scale_inv, sizes)
+
+    def forward(x, choice, weights, experts):
+        return grouped.sorted_expert_mlp(x, choice, weights, experts, swiglu, down)
+
+    differentiable = functools.partial(grouped.expert_mlp, limit=limit)
+    return _differentiated_as(differentiable, forward)(x, choice, weights, experts)
+
+
+def _differentiated_as(slow: Callable, fast: Callable) -> Callable:
+    """`fast`, but where a gradient is asked for `slow`, which computes the same and has one."""
+    both = jax.custom_vjp(fast)
+    both.defvjp(lambda *args: jax.vjp(slow, *args), lambda pull, gradient: pull(gradient))
+    return both

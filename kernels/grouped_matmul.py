@@ -35,6 +35,7 @@ ROW_ALIGNMENT = 8  # TMA addresses a tile by whole swizzle atoms of 8 rows
 ROW_STEP = 16  # rows of a group's tiles are multiples of this
 WIDTHS = (64, 128, 192, 224, 256, 272)  # rows a tile may be multiplied with, besides the tiling's most
 BOXES = (64, 128, 256)  # rows a load may take, besides the tiling's most
+LEAST_WIDTH, WIDTH_STEP = 128, 64  # what F and D are filled up to with zeros
 STAGED_ROWS = 64  # rows of the output that pass through shared memory at once
 
 
@@ -139,12 +140,8 @@ def _check(x: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> None:
         )
     if x.ndim != 2 or x.shape[1] != depth or group_sizes.shape != weights.shape[:1]:
         raise ValueError(f"shapes do not fit: x {x.shape}, weights {weights.shape}, group_sizes {group_sizes.shape}")
-    if min(out_width, depth) < 128 or out_width % 64 or depth % 64:
-        raise NotImplementedError(
-            f"grouped matmul kernel needs weights [E, F, D] with F and D multiples of 64 from 128, not {weights.shape}"
-        )
-    if x.shape[0] == 0:
-        raise NotImplementedError("grouped matmul kernel needs at least one row")
+    if 0 in (x.shape[0], out_width, depth):
+        raise NotImplementedError(f"grouped matmul kernel needs a row, F and D, not {x.shape} and {weights.shape}")
 
 
 def _tiling(out_columns: int, swiglu: bool) -> Tiling:
@@ -153,11 +150,20 @@ def _tiling(out_columns: int, swiglu: bool) -> Tiling:
     return TALL
 
 
+def _whole_tiles(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """With zeros up to multiples of 64 from 128 along these axes."""
+    extra = [max(LEAST_WIDTH, mosaic.round_up(size, WIDTH_STEP)) - size for size in x.shape]
+    pads = [(0, extra[axis] if axis - x.ndim in axes else 0) for axis in range(x.ndim)]
+    return jnp.pad(x, pads) if any(after for _, after in pads) else x
+
+
 def _padded(x: jax.Array, rows: int) -> jax.Array:
     return x if x.shape[0] == rows else jnp.pad(x, ((0, rows - x.shape[0]), (0, 0)))
 
 
-def _rows_times_weights(x, weights, group_sizes, interpret: bool, *, transposed: bool = False, swiglu: bool = False):
+def _rows_times_weights(
+    x, weights, group_sizes, interpret: bool, *, transposed: bool = False, swiglu: bool = False, limit=None
+):
     """The kernel over rows padded to what it needs (no copy when M is a multiple of 8 and a tile)."""
     out_columns = weights.shape[-1] if transposed else weights.shape[-2]
     tiling = _tiling(out_columns, swiglu)
@@ -169,6 +175,7 @@ def _rows_times_weights(x, weights, group_sizes, interpret: bool, *, transposed:
         out_columns=out_columns,
         transposed=transposed,
         swiglu=swiglu,
+        limit=limit,
         tiling=tiling,
         interpret=interpret,
     )
@@ -184,7 +191,6 @@ def _weight_gradient(dy, x, group_sizes, interpret: bool):
     return grouped_wgrad(_padded(dy, rows), _padded(x, rows), group_sizes, interpret=interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(
     x: Float[Array, "M D"],
     weights: Float[Array, "E F D"],
@@ -193,63 +199,81 @@ def grouped_matmul(
 ) -> Float[Array, "M F"]:
     """out[rows of e] = x[rows of e] @ weights[e].T, rows sorted by group; 0 past the last group's rows.
 
-    `sum(group_sizes)` is at most M; groups may be empty. F and D are multiples of 64 from 128. Differentiable in x and
-    weights: rows of the cotangent past the last group must be finite. Raises NotImplementedError where unsupported.
+    `sum(group_sizes)` is at most M; groups may be empty. F and D other than multiples of 64 from 128 cost a copy with
+    zeros up to one. Differentiable in x and weights: rows of the cotangent past the last group must be finite. Raises
+    NotImplementedError where unsupported.
     """
     mosaic.require_hopper()
     _check(x, weights, group_sizes)
+    out = _matmul(_whole_tiles(x, (-1,)), _whole_tiles(weights, (-2, -1)), group_sizes, interpret)
+    return out[:, : weights.shape[-2]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _matmul(x, weights, group_sizes, interpret):
     return _rows_times_weights(x, weights, group_sizes, interpret)
 
 
-def _grouped_matmul_fwd(x, weights, group_sizes, interpret):
-    return grouped_matmul(x, weights, group_sizes, interpret), (x, weights, group_sizes)
+def _matmul_fwd(x, weights, group_sizes, interpret):
+    return _matmul(x, weights, group_sizes, interpret), (x, weights, group_sizes)
 
 
-def _grouped_matmul_bwd(interpret, residuals, dy):
+def _matmul_bwd(interpret, residuals, dy):
     x, weights, group_sizes = residuals
     dx = _rows_times_weights(dy, weights, group_sizes, interpret, transposed=True)
     return dx, _weight_gradient(dy, x, group_sizes, interpret), _no_gradient(group_sizes)
 
 
-grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_swiglu(
     x: Float[Array, "M D"],
     weights: Float[Array, "E 2 F D"],
     group_sizes: Int[Array, " E"],
+    limit: float | None = None,
     interpret: bool = False,
 ) -> Float[Array, "M F"]:
     """silu(x @ gate[e].T) * (x @ up[e].T), rows sorted by group, `weights[e]` = (gate, up); 0 past the last group.
 
-    Limits as in `grouped_matmul`. The backward recomputes gate and up.
+    limit: gate is at most that, and up within +-limit (DeepSeek-V4). Limits of shapes as in `grouped_matmul`. The
+    backward recomputes gate and up.
     """
     mosaic.require_hopper()
     _check(x, weights, group_sizes)
-    return _rows_times_weights(x, weights, group_sizes, interpret, swiglu=True)
+    out = _swiglu(_whole_tiles(x, (-1,)), _whole_tiles(weights, (-2, -1)), group_sizes, limit, interpret)
+    return out[:, : weights.shape[-2]]
 
 
-def _grouped_swiglu_fwd(x, weights, group_sizes, interpret):
-    return grouped_swiglu(x, weights, group_sizes, interpret), (x, weights, group_sizes)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _swiglu(x, weights, group_sizes, limit, interpret):
+    return _rows_times_weights(x, weights, group_sizes, interpret, swiglu=True, limit=limit)
 
 
-def _grouped_swiglu_bwd(interpret, residuals, dy):
+def _swiglu_fwd(x, weights, group_sizes, limit, interpret):
+    return _swiglu(x, weights, group_sizes, limit, interpret), (x, weights, group_sizes)
+
+
+def _swiglu_bwd(limit, interpret, residuals, dy):
     x, weights, group_sizes = residuals
     groups, _, width, depth = weights.shape
     stacked = weights.reshape(groups, 2 * width, depth)
     gate, up = jnp.split(_rows_times_weights(x, stacked, group_sizes, interpret).astype(jnp.float32), 2, axis=1)
+    dy = dy.astype(jnp.float32)
+    gate_moves = up_moves = 1.0
+    if limit is not None:
+        gate_moves, up_moves = gate < limit, jnp.abs(up) < limit
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
-    dy = dy.astype(jnp.float32)
-    d_gate = dy * up * (sigmoid + silu * (1 - sigmoid))
-    d_stacked = jnp.concatenate([d_gate, dy * silu], axis=1).astype(x.dtype)
+    d_gate = dy * up * (sigmoid + silu * (1 - sigmoid)) * gate_moves
+    d_stacked = jnp.concatenate([d_gate, dy * silu * up_moves], axis=1).astype(x.dtype)
     dx = _rows_times_weights(d_stacked, stacked, group_sizes, interpret, transposed=True)
     d_weights = _weight_gradient(d_stacked, x, group_sizes, interpret).reshape(weights.shape)
     return dx, d_weights, _no_gradient(group_sizes)
 
 
-grouped_swiglu.defvjp(_grouped_swiglu_fwd, _grouped_swiglu_bwd)
+_swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
 def _tiles_kernel(
@@ -260,6 +284,7 @@ def _tiles_kernel(
     out_columns: int,
     transposed: bool,
     swiglu: bool,
+    limit: float | None,
     tiling: Tiling,
     interpret: bool,
 ) -> Float[Array, "M out_columns"]:
@@ -398,6 +423,8 @@ def _tiles_kernel(
                     values = pl.run_scoped(lambda *accs: product(half, *accs), *accs)
                     if swiglu:
                         gate, up = values
+                        if limit is not None:
+                            gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
                         value = gate / (1 + jnp.exp(-gate)) * up
                     else:
                         (value,) = values

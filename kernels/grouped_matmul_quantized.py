@@ -19,6 +19,7 @@ from dsparse.kernels.grouped_matmul import ROW_ALIGNMENT, SM_COUNT, _padded, _st
 
 TILE_K = 128  # one swizzle row, and the block that shares a scale
 COLUMNS = 128
+E4M3_MAX = 448.0
 STAGED_ROWS = 32  # rows of the output that pass through shared memory at once
 STAGES = 4
 
@@ -60,27 +61,52 @@ INT8 = Tiling(
 )
 
 
+def quantize_rows(x: Float[Array, "M D"]) -> tuple[Float[Array, "M D"], Float[Array, "M D_blocks"]]:
+    """e4m3 values and a float32 scale for each 128 of a row (the last block may be shorter): what fp8 products take."""
+    rows, depth = x.shape
+    blocks = _filled(x.astype(jnp.float32), (-1,)).reshape(rows, -1, TILE_K)
+    scale = jnp.maximum(jnp.max(jnp.abs(blocks), axis=-1), 1e-12) / E4M3_MAX
+    values = (blocks / scale[..., None]).astype(jnp.float8_e4m3fn)
+    return values.reshape(rows, -1)[:, :depth], scale
+
+
+def _filled(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """With zeros up to multiples of 128 along these axes."""
+    pads = [(0, -size % TILE_K if axis - x.ndim in axes else 0) for axis, size in enumerate(x.shape)]
+    return jnp.pad(x, pads) if any(after for _, after in pads) else x
+
+
 def grouped_matmul_fp8(
     x: Float[Array, "M D"],
     x_scale: Float[Array, "M D_blocks"],
-    weights: Float[Array, "E F D"],
-    w_scale: Float[Array, "E F_blocks D_blocks"],
+    weights: Float[Array, "E *parts F D"],
+    w_scale: Float[Array, "E *parts F_blocks D_blocks"],
     group_sizes: Int[Array, " E"],
     *,
     interpret: bool = False,
-) -> Float[Array, "M F"]:
+) -> Float[Array, "M *parts F"]:
     """(x * x_scale)[rows of e] @ (weights * w_scale)[e].T; a scale for 1 x 128 of x and 128 x 128 of weights.
 
-    Rows sorted by group; 0 past the last group. F and D are multiples of 128. No gradient. Raises
-    NotImplementedError where unsupported.
+    Rows sorted by group; 0 past the last group. F and D other than multiples of 128 cost a copy with zeros up to one.
+    `parts`: several matrices a group, such as gate and up. No gradient. Raises NotImplementedError where unsupported.
     """
     _check(x, weights, group_sizes, jnp.float8_e4m3fn)
-    groups, width, depth = weights.shape
-    _check_scale("x_scale", x_scale, (x.shape[0], depth // TILE_K))
-    _check_scale("w_scale", w_scale, (groups, width // COLUMNS, depth // TILE_K))
+    groups, *parts, width, depth = weights.shape
+    blocks = mosaic.cdiv(width, COLUMNS), mosaic.cdiv(depth, TILE_K)
+    _check_scale("x_scale", x_scale, (x.shape[0], blocks[1]))
+    _check_scale("w_scale", w_scale, (groups, *parts, *blocks))
     rows = _padded_rows(x.shape[0], FP8)
-    x_scale = _padded(x_scale, rows).T
-    return _product(_padded(x, rows), x_scale, weights, w_scale, group_sizes, FP8, interpret)[: x.shape[0]]
+    weights = _filled(weights, (-2, -1))
+    out = _product(
+        _padded(_filled(x, (-1,)), rows),
+        _padded(x_scale, rows).T,
+        weights.reshape(groups, -1, weights.shape[-1]),
+        w_scale.reshape(groups, -1, blocks[1]),
+        group_sizes,
+        FP8,
+        interpret,
+    )
+    return out[: x.shape[0]].reshape(x.shape[0], *parts, -1)[..., :width]
 
 
 def grouped_matmul_int8(
@@ -92,8 +118,16 @@ def grouped_matmul_int8(
     *,
     interpret: bool = False,
 ) -> Float[Array, "M F"]:
-    """x_scale[rows] * (x[rows of e] @ weights[e].T) * w_scale[e]; exact int32 sums. Limits as `grouped_matmul_fp8`."""
+    """x_scale[rows] * (x[rows of e] @ weights[e].T) * w_scale[e]; exact int32 sums.
+
+    Rows sorted by group; 0 past the last group. F and D are multiples of 128. No gradient. Raises NotImplementedError
+    where unsupported.
+    """
     _check(x, weights, group_sizes, jnp.int8)
+    if weights.shape[1] % COLUMNS or weights.shape[2] % TILE_K:
+        raise NotImplementedError(
+            f"int8 grouped matmul kernel needs weights [E, F, D] with F and D multiples of 128, not {weights.shape}"
+        )
     _check_scale("x_scale", x_scale, x.shape[:1])
     _check_scale("w_scale", w_scale, weights.shape[:2])
     rows = _padded_rows(x.shape[0], INT8)
@@ -111,15 +145,11 @@ def _check(x, weights, group_sizes, dtype) -> None:
         raise NotImplementedError(
             f"this grouped matmul kernel takes {jnp.dtype(dtype)}, not {x.dtype} rows and {weights.dtype} weights"
         )
-    groups, width, depth = weights.shape
+    groups, *_, width, depth = weights.shape
     if x.ndim != 2 or x.shape[1] != depth or group_sizes.shape != (groups,):
         raise ValueError(f"shapes do not fit: x {x.shape}, weights {weights.shape}, group_sizes {group_sizes.shape}")
-    if width % COLUMNS or depth % TILE_K or not width or not depth:
-        raise NotImplementedError(
-            f"8-bit grouped matmul kernel needs weights [E, F, D] with F and D multiples of 128, not {weights.shape}"
-        )
-    if x.shape[0] == 0:
-        raise NotImplementedError("grouped matmul kernel needs at least one row")
+    if 0 in (x.shape[0], width, depth):
+        raise NotImplementedError(f"grouped matmul kernel needs a row, F and D, not {x.shape} and {weights.shape}")
 
 
 def _check_scale(name: str, scale, shape: tuple[int, ...]) -> None:

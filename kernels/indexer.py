@@ -25,6 +25,8 @@ TILE_COLUMNS = 256  # queries x heads of a block
 WG_KEYS = 64
 TILE_KEYS = 2 * WG_KEYS
 STAGES = 4
+FEWEST_HEADS = 8  # wgmma takes its right operand in steps of 8
+WIDEST = 128
 LOGITS_BYTES = 1 << 30  # memory for the logits of one chunk of queries
 GRADIENT_BYTES = 1 << 30  # memory for the scores of all heads of one chunk of queries in the backward
 
@@ -166,11 +168,9 @@ def _check(q, k, weights, lengths, k_scale) -> None:
         raise NotImplementedError(
             f"indexer kernel takes bfloat16 or float8_e4m3fn q and k, not {q.dtype} and {k.dtype}"
         )
-    if heads % 8 or TILE_COLUMNS % heads:
-        raise NotImplementedError(f"indexer kernel needs 8, 16, 32, 64, 128 or 256 heads, not {heads}")
-    if width not in (64, 128) or width * q.dtype.itemsize < 128:
+    if heads > TILE_COLUMNS or width > WIDEST:
         raise NotImplementedError(
-            f"indexer kernel needs a head dim of 128, or 64 in bfloat16, not {width} in {q.dtype}"
+            f"indexer kernel takes up to {TILE_COLUMNS} heads of up to {WIDEST}, not {heads} of {width}"
         )
     if 0 in (batch, queries, k.shape[1]):
         raise NotImplementedError("indexer kernel needs at least one query and one key")
@@ -186,10 +186,29 @@ def _check(q, k, weights, lengths, k_scale) -> None:
         )
 
 
+def _supported(q, k, weights):
+    """With heads of weight 0 and columns of zeros up to what the kernel is compiled for: they change no logit.
+
+    That is 8, 16, 32, 64, 128 or 256 heads, and rows of 128 bytes, or of 256 in bfloat16.
+    """
+    heads, width = q.shape[2:]
+    swizzled = mosaic.SWIZZLE_BYTES // q.dtype.itemsize
+    missing = max(FEWEST_HEADS, 1 << (heads - 1).bit_length()) - heads
+    columns = -width % swizzled
+    if missing:
+        q = jnp.pad(q, ((0, 0), (0, 0), (0, missing), (0, 0)))
+        weights = jnp.pad(weights, ((0, 0), (0, 0), (0, missing)))
+    if columns:
+        q = jnp.pad(q, ((0, 0),) * 3 + ((0, columns),))
+        k = jnp.pad(k, ((0, 0), (0, 0), (0, columns)))
+    return q, k, weights
+
+
 def _padded_logits(q, k, weights, lengths, k_scale, interpret: bool) -> Float[Array, "B T P"]:
     """Logits over keys padded to whole tiles (P >= S); those of padding are -inf."""
     mosaic.require_hopper()
     _check(q, k, weights, lengths, k_scale)
+    q, k, weights = _supported(q, k, weights)
     queries, keys = q.shape[1], k.shape[1]
     lengths = jnp.minimum(lengths, keys).astype(jnp.int32)
     if keys % TILE_KEYS:
@@ -275,12 +294,13 @@ def indexer_topk(
     lengths: Int[Array, "B T"],
     topk_count: int,
     k_scale: Float[Array, "B S"] | None = None,
+    starts: Int[Array, "B T"] | None = None,
     *,
     logits_bytes: int = LOGITS_BYTES,
 ) -> Int[Array, "B T K"]:
     """Positions of each query's `topk_count` largest logits among its first `lengths` keys; -1 where there are fewer.
 
-    Rising, ties broken by the lowest position. Queries go through in chunks whose logits take at most `logits_bytes`
+    starts: each query sees the keys from there on only. Rising, ties broken by the lowest position. Queries go through in chunks whose logits take at most `logits_bytes`
     (but at least one query). Not differentiable. Limits as in `indexer_logits` and `topk`.
     """
     batch, queries = lengths.shape
@@ -290,15 +310,19 @@ def indexer_topk(
         rows = rows // 8 * 8 if rows < queries else rows
 
     def chunk(part):
-        q, weights, lengths = part
+        q, weights, lengths, starts = part
         logits = _padded_logits(q, k, weights, lengths, k_scale, False)
+        if starts is not None:
+            logits = jnp.where(jnp.arange(logits.shape[-1]) < starts[..., None], -jnp.inf, logits)
         indices = topk(logits.reshape(-1, logits.shape[-1]), min(topk_count, keys), lengths.reshape(-1))
-        return indices.reshape(*lengths.shape, -1)
+        indices = indices.reshape(*lengths.shape, -1)
+        return indices if starts is None else jnp.where(indices < starts[..., None], -1, indices)
 
     q, k, weights = map(lax.stop_gradient, (q, k, weights))
+    parts = (q, weights, lengths, starts)
     if rows >= queries:
-        indices = chunk((q, weights, lengths))
+        indices = chunk(parts)
     else:
-        indices = _joined(lax.map(chunk, tuple(_chunks(x, rows) for x in (q, weights, lengths))), queries)
+        indices = _joined(lax.map(chunk, jax.tree.map(lambda x: _chunks(x, rows), parts)), queries)
     missing = topk_count - indices.shape[-1]
     return jnp.pad(indices, ((0, 0), (0, 0), (0, missing)), constant_values=-1) if missing else indices

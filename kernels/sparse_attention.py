@@ -2,7 +2,8 @@
 
 One head of keys and values serves all query heads (MLA in its absorbed form, V4's shared-KV attention): a key is a
 whole row of `kv`, its value the row's first `v_head_dim` columns. Limits, beyond which NotImplementedError says why:
-bfloat16, `v_head_dim` 512, rows of 512 or 576. Any number of heads (they are padded to 64), of queries, of indices.
+bfloat16, `v_head_dim` up to 512, rows up to 576. Any number of heads (they are padded to 64), of queries, of indices.
+The kernels know rows of 512 and 576 with values of 512: narrower ones get columns of zeros, at the full cost.
 """
 
 import functools
@@ -16,6 +17,7 @@ from . import mosaic
 from . import sparse_attention_backward as backward_kernel
 from . import sparse_attention_forward as forward_kernel
 
+ROW_WIDTHS = (512, 576)
 _UNIT_BITS = 35  # fixed point below the largest gradient; the 28 bits above it hold the sum
 
 
@@ -35,7 +37,7 @@ def sparse_attention(
       q: queries.
       kv: key rows, whose first `v_head_dim` columns are the values.
       indices: rows of kv, in any order; -1 (or anything outside [0, S)) stands for nothing.
-      v_head_dim: 512.
+      v_head_dim: how many of a row's columns are the value.
       scale: of the logits.
       sinks: a logit a head that takes part in the softmax and has no value.
       deterministic: sum the gradient of kv in 64-bit fixed point, so that runs agree bit for bit; slower.
@@ -48,8 +50,9 @@ def sparse_attention(
       NotImplementedError: for what this kernel does not do, before anything runs.
     """
     check(q, kv, indices, v_head_dim, sinks)
-    logits_of_sinks = jnp.full(q.shape[2], -jnp.inf) if sinks is None else sinks
-    return _attention(q, kv, indices, logits_of_sinks.astype(jnp.float32), float(scale), deterministic)
+    q, kv = widened(q), widened(kv)
+    out, lse = _attention(q, kv, indices, sink_logits(sinks, q.shape[2]), float(scale), deterministic)
+    return out[..., :v_head_dim], lse
 
 
 def check(q, kv, indices, v_head_dim, sinks) -> None:
@@ -57,9 +60,9 @@ def check(q, kv, indices, v_head_dim, sinks) -> None:
     batch, queries, heads, head_dim = q.shape
     if q.dtype != jnp.bfloat16 or kv.dtype != jnp.bfloat16:
         raise NotImplementedError(f"sparse attention needs bfloat16, and q is {q.dtype}, kv {kv.dtype}")
-    if v_head_dim != forward_kernel.V_DIM or head_dim not in (512, 576):
+    if v_head_dim > min(forward_kernel.V_DIM, head_dim) or head_dim > ROW_WIDTHS[-1]:
         raise NotImplementedError(
-            f"sparse attention needs rows of 512 or 576 with values of 512, and got {head_dim} with {v_head_dim}"
+            f"sparse attention takes rows up to 576 with values up to 512, and got {head_dim} with {v_head_dim}"
         )
     if kv.shape[::2] != (batch, head_dim) or indices.shape[:2] != (batch, queries):
         raise ValueError(f"shapes do not fit: q {q.shape}, kv {kv.shape}, indices {indices.shape}")
@@ -69,9 +72,20 @@ def check(q, kv, indices, v_head_dim, sinks) -> None:
         raise NotImplementedError(f"sparse attention needs something in every axis: q {q.shape}, kv {kv.shape}")
 
 
+def widened(rows: Array) -> Array:
+    """With zeros up to the next width that the kernels know: they change no logit."""
+    width = next(width for width in ROW_WIDTHS if width >= rows.shape[-1])
+    return pad_to(rows, rows.ndim - 1, width)
+
+
+def sink_logits(sinks: Array | None, heads: int) -> Float[Array, " N"]:
+    return jnp.full(heads, -jnp.inf) if sinks is None else sinks.astype(jnp.float32)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attention(q, kv, indices, sinks, scale, deterministic):
-    return _forward(q, kv, indices, sinks, scale, deterministic)[0]
+    del deterministic
+    return attend(q, kv, indices, sinks, scale)
 
 
 def pad_to(x: Array, axis: int, multiple: int, value=0) -> Array:
@@ -94,21 +108,42 @@ def index_rows(indices: Array, num_keys: int, step: int) -> tuple[Array, Array]:
     return lists, jnp.maximum((used + step - 1) // step, 1)
 
 
-def _forward(q, kv, indices, sinks, scale, deterministic):
-    del deterministic
+def attend(q, kv, indices, sinks, scale: float) -> tuple[BFloat16[Array, "B T N V"], Float[Array, "B T N"]]:
+    """The forward pass. Lists of so few queries that one block a query would leave the GPU idle are split."""
     batch, queries, heads, _ = q.shape
-    lists, steps = index_rows(indices, kv.shape[1], forward_kernel.STEP)
+    blocks = mosaic.num_multiprocessors()
+    head_blocks = mosaic.cdiv(heads, forward_kernel.HEADS)
+    longest = mosaic.cdiv(indices.shape[2], forward_kernel.STEP)
+    splits = max(1, min(longest, blocks // (batch * queries * head_blocks)))
+    part = mosaic.cdiv(longest, splits) * forward_kernel.STEP
+    splits = mosaic.cdiv(indices.shape[2], part)
+
+    parts = pad_to(indices, 2, part, -1).reshape(batch, queries * splits, part) if splits > 1 else indices
+    lists, steps = index_rows(parts, kv.shape[1], forward_kernel.STEP)
     out, lse = forward_kernel.forward(
-        pad_to(_rows(q), 1, forward_kernel.HEADS),
+        pad_to(jnp.repeat(_rows(q), splits, axis=0) if splits > 1 else _rows(q), 1, forward_kernel.HEADS),
         kv,
         lists,
         steps,
-        pad_to(sinks, 0, forward_kernel.HEADS, -jnp.inf),
-        num_blocks=mosaic.num_multiprocessors(),
+        pad_to(sinks if splits == 1 else jnp.full_like(sinks, -jnp.inf), 0, forward_kernel.HEADS, -jnp.inf),
+        num_blocks=blocks,
         scale=scale,
     )
-    out = out[:, :heads].reshape(batch, queries, heads, -1)
-    lse = lse[:, :heads].reshape(batch, queries, heads)
+    out = out[:, :heads].reshape(batch, queries, splits, heads, -1)
+    lse = lse[:, :heads].reshape(batch, queries, splits, heads)
+    return (out[:, :, 0], lse[:, :, 0]) if splits == 1 else _joined(out, lse, sinks)
+
+
+def _joined(out: Float[Array, "B T splits N V"], lse: Float[Array, "B T splits N"], sinks: Float[Array, " N"]):
+    """Output and log-sum-exp over all parts of a list, and the sinks."""
+    total = jnp.logaddexp(jax.nn.logsumexp(lse, axis=2), sinks)
+    weights = jnp.where(lse > -jnp.inf, jnp.exp(lse - jnp.where(total > -jnp.inf, total, 0.0)[:, :, None]), 0.0)
+    return jnp.einsum("btsn,btsnv->btnv", weights, out.astype(jnp.float32)).astype(out.dtype), total
+
+
+def _forward(q, kv, indices, sinks, scale, deterministic):
+    del deterministic
+    out, lse = attend(q, kv, indices, sinks, scale)
     return (out, lse), (q, kv, indices, sinks, out, lse)
 
 

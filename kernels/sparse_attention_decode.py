@@ -1,4 +1,4 @@
-"""Sparse attention of a few queries over a cache, bf16 or fp8, with the index lists split over the multiprocessors.
+"""Sparse attention of a few queries over a cache, bf16 or fp8, without gradients.
 
 A paged cache is a pool of rows: pass it as one batch entry, [1, pages * page, H], with the sequences along T and
 indices into the pool. The fp8 format is DeepSeek's: 656 bytes a token, of which 512 e4m3 values (the first columns), 4
@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import BFloat16, Float, Int, UInt8
 
-from . import mosaic, rows
-from . import sparse_attention_forward as forward_kernel
-from .sparse_attention import check, index_rows, pad_to
+from . import rows
+from .sparse_attention import attend, check, sink_logits, widened
 
 E4M3_MAX = 448.0
 BLOCK = 128  # values of a scale
@@ -47,7 +46,7 @@ def sparse_attention_decode(
     scale: float,
     sinks: Float[Array, " N"] | None = None,
 ) -> tuple[BFloat16[Array, "B T N V"], Float[Array, "B T N"]]:
-    """As `sparse_attention`, without gradients, for so few queries that one block a query would leave the GPU idle.
+    """As `sparse_attention`, without gradients; `kv` may be an fp8 cache.
 
     Raises:
       NotImplementedError: for what this kernel does not do, before anything runs.
@@ -57,31 +56,6 @@ def sparse_attention_decode(
         raise NotImplementedError(f"an fp8 cache has {rows.FP8_ROW} bytes a row of 576, and got {kv.shape[-1]} bytes")
     stand_in = jax.ShapeDtypeStruct((*kv.shape[:2], q.shape[-1]), q.dtype) if quantized else kv
     check(q, stand_in, indices, v_head_dim, sinks)
-    batch, queries, heads, head_dim = q.shape
-    blocks = mosaic.num_multiprocessors()
-    head_blocks = mosaic.cdiv(heads, forward_kernel.HEADS)
-    steps = mosaic.cdiv(indices.shape[2], forward_kernel.STEP)
-    splits = max(1, min(steps, blocks // (batch * queries * head_blocks)))
-    part = mosaic.cdiv(steps, splits) * forward_kernel.STEP
-    splits = mosaic.cdiv(indices.shape[2], part)
-
-    lists, used = index_rows(pad_to(indices, 2, part, -1).reshape(batch, queries * splits, part), kv.shape[1], 128)
-    q_rows = jnp.repeat(q.reshape(batch * queries, heads, head_dim), splits, axis=0)
-    sinks = jnp.full(heads, -jnp.inf) if sinks is None else sinks.astype(jnp.float32)
-    own_sinks = sinks if splits == 1 else jnp.full(heads, -jnp.inf)
-    out, lse = forward_kernel.forward(
-        pad_to(q_rows, 1, forward_kernel.HEADS),
-        kv,
-        lists,
-        used,
-        pad_to(own_sinks, 0, forward_kernel.HEADS, -jnp.inf),
-        scale=float(scale),
-        num_blocks=blocks,
-    )
-    out = out[:, :heads].reshape(batch, queries, splits, heads, v_head_dim)
-    lse = lse[:, :heads].reshape(batch, queries, splits, heads)
-    if splits == 1:
-        return out[:, :, 0], lse[:, :, 0]
-    total = jnp.logaddexp(jax.nn.logsumexp(lse, axis=2), sinks)
-    weights = jnp.where(lse > -jnp.inf, jnp.exp(lse - jnp.where(total > -jnp.inf, total, 0.0)[:, :, None]), 0.0)
-    return jnp.einsum("btsn,btsnv->btnv", weights, out.astype(jnp.float32)).astype(q.dtype), total
+    kv = kv if quantized else widened(kv)
+    out, lse = attend(widened(q), kv, indices, sink_logits(sinks, q.shape[2]), float(scale))
+    return out[..., :v_head_dim], lse

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsparse import grouped, ops, reference
+from dsparse import dispatch, grouped, ops, reference
 
 
 def random_experts(key, groups=5, width=24, depth=16):
@@ -27,10 +27,10 @@ def dense_experts(x, choice, weights, experts):
 
 sorted_by_reference = functools.partial(
     grouped.sorted_expert_mlp,
-    swiglu_rows=lambda x, w, sizes: (
-        jax.nn.silu(reference.grouped_matmul(x, w[:, 0], sizes)) * reference.grouped_matmul(x, w[:, 1], sizes)
+    swiglu_rows=lambda x, experts, sizes: reference.swiglu(
+        *(reference.grouped_matmul(x, experts.gate_up[:, half], sizes) for half in range(2))
     ),
-    matmul=reference.grouped_matmul,
+    down_rows=lambda x, experts, sizes: reference.grouped_matmul(x, experts.down, sizes),
 )
 
 
@@ -108,8 +108,10 @@ def test_a_named_implementation_is_that_one_or_an_error():
 
 
 def test_the_choice_is_logged_once(caplog, monkeypatch):
-    monkeypatch.setattr(ops, "_chosen", set())
+    monkeypatch.setattr(dispatch, "served", {})
     with caplog.at_level(logging.INFO, "dsparse.ops"):
         for _ in range(3):
             ops.grouped_matmul(jnp.ones((4, 8)), jnp.ones((2, 8, 8)), jnp.array([2, 2]))
-    assert [record.getMessage() for record in caplog.records] == ["grouped_matmul is served by xla"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "grouped_matmul is served by xla (mosaic_gpu: needs a GPU, found cpu)"
+    ]

@@ -69,7 +69,7 @@ def test_grouped_matmul_and_gradients(small_tiles):
 
 def test_grouped_swiglu(small_tiles):
     x, weights = normal(0, (ROWS, 128)), normal(1, (4, 2, 128, 128), 0.1)
-    out = gm.grouped_swiglu(x, weights, jnp.array(SIZES), True)
+    out = gm.grouped_swiglu(x, weights, jnp.array(SIZES), interpret=True)
     x, weights = float32(x, weights)
     gate, up = product(x, weights[:, 0]), product(x, weights[:, 1])
     assert error(out, gate / (1 + np.exp(-gate)) * up) < 3e-3
