@@ -396,8 +396,8 @@ def _expert_mlp_kernel(x, choice, weights, experts, limit):
 
 def _fp8_expert_mlp_kernel(x, choice, weights, experts, limit):
     """Rows are quantized too, 128 values to a scale, as DeepSeek-V3 computes (section 3.3.2). Its gradient is XLA's."""
-    if x.dtype != jnp.bfloat16:
-        raise NotImplementedError(f"8-bit experts take bfloat16 rows, not {x.dtype}")
+    if x.dtype != jnp.bfloat16 or experts.gate_up.dtype != jnp.float8_e4m3fn:
+        raise NotImplementedError(f"no kernel for {x.dtype} rows and experts stored as {experts.gate_up.dtype}")
     names = ("quantize_rows", "grouped_matmul_fp8")
     quantize, matmul = (dispatch.kernel("grouped_matmul_quantized", name) for name in names)
 

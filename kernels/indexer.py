@@ -25,7 +25,7 @@ TILE_COLUMNS = 256  # queries x heads of a block
 WG_KEYS = 64
 TILE_KEYS = 2 * WG_KEYS
 STAGES = 4
-FEWEST_HEADS = 8  # wgmma takes its right operand in steps of 8
+FEWEST_HEADS = 16  # with fewer, the logits of the many queries of a block would not fit into shared memory
 WIDEST = 128
 LOGITS_BYTES = 1 << 30  # memory for the logits of one chunk of queries
 GRADIENT_BYTES = 1 << 30  # memory for the scores of all heads of one chunk of queries in the backward
@@ -189,7 +189,7 @@ def _check(q, k, weights, lengths, k_scale) -> None:
 def _supported(q, k, weights):
     """With heads of weight 0 and columns of zeros up to what the kernel is compiled for: they change no logit.
 
-    That is 8, 16, 32, 64, 128 or 256 heads, and rows of 128 bytes, or of 256 in bfloat16.
+    That is 16, 32, 64, 128 or 256 heads, and rows of 128 bytes, or of 256 in bfloat16.
     """
     heads, width = q.shape[2:]
     swizzled = mosaic.SWIZZLE_BYTES // q.dtype.itemsize

@@ -169,7 +169,6 @@ def test_quantized_compiles(monkeypatch, name):
     ("x", "weights"),
     [
         (shape(64, 128, dtype=jnp.float32), shape(2, 128, 128, dtype=jnp.float32)),
-        (shape(64, 96), shape(2, 128, 96)),
         (shape(0, 128), shape(2, 128, 128)),
     ],
 )

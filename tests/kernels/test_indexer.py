@@ -59,7 +59,9 @@ def shape(*dims, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, FP8])
-@pytest.mark.parametrize(("queries", "keys", "heads"), [(2048, 32768, 64), (1, 1000, 64), (130, 640, 32)])
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads"), [(2048, 32768, 64), (1, 1000, 64), (130, 640, 32), (130, 640, 4)]
+)
 def test_compiles(queries, keys, heads, dtype):
     scale = (shape(1, keys),) if dtype == FP8 else ()
     kernels = h100.compile_for_h100(
@@ -85,7 +87,7 @@ def test_logits_and_topk_compile_together_in_chunks():
 
 
 @pytest.mark.parametrize(
-    ("heads", "width", "dtype"), [(48, 128, jnp.bfloat16), (64, 96, jnp.bfloat16), (64, 128, jnp.float32)]
+    ("heads", "width", "dtype"), [(257, 128, jnp.bfloat16), (64, 136, jnp.bfloat16), (64, 128, jnp.float32)]
 )
 def test_unsupported_says_so(heads, width, dtype):
     with mosaic.assume_hopper(), pytest.raises(NotImplementedError, match="indexer kernel"):
