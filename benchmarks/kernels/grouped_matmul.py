@@ -1,6 +1,5 @@
 """Grouped matmul on the H100 beside torch's: `python -m benchmarks.kernels.grouped_matmul [--check]`."""
 
-import argparse
 import concurrent.futures
 import functools
 
@@ -182,36 +181,33 @@ def check_quantized(groups: int, rows: int, depth: int, width: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = measure.parser(__doc__)
     parser.add_argument(
         "--check", nargs="*", type=int, metavar="CASE", help="only compare with references (all cases or these)"
     )
     parser.add_argument("--only", nargs="*", choices=FUNCTIONS, default=list(FUNCTIONS), help="products to time")
     parser.add_argument("--shapes", nargs="*", type=int, default=range(len(SHAPES)), help="the shapes to time, from 0")
     arguments = parser.parse_args()
-    print(measure.versions())
+    records = measure.Records("grouped_matmul", arguments.results)
     if arguments.check is not None:
         return check(arguments.check)
     shapes = [SHAPES[i] for i in arguments.shapes]
     compiled = compile_all(arguments.only, shapes)
     for shape in shapes:
         groups, rows, depth, width = shape
-        print(f"{groups} groups, {rows} rows, {depth} to {width}; TFLOP/s (milliseconds)")
         for name in arguments.only:
             if (shape, name) not in compiled:
                 continue
             values = inputs(*shape)[name]()
-            line = []
             for kind in ("even", "routed"):
                 sizes = jnp.asarray(sizes_of(groups, rows, kind))
-                call = compiled[shape, name]
-                times = {"": measure.milliseconds(functools.partial(call, *values, sizes), jax.block_until_ready)}
+                call = functools.partial(compiled[shape, name], *values, sizes)
+                ms = measure.milliseconds(call, jax.block_until_ready)
+                flops = 2 * rows * depth * width
+                figures = {"ms": ms, "tflops": flops / ms / 1e9}
                 if name == "forward":
-                    times[" torch"] = torch_milliseconds(values, sizes)
-                line += [
-                    f"{kind}{peer} {2 * rows * depth * width / ms / 1e9:.0f} ({ms:.2f})" for peer, ms in times.items()
-                ]
-            print(f"  {name:8s}", ", ".join(line), flush=True)
+                    figures["torch_tflops"] = flops / torch_milliseconds(values, sizes) / 1e9
+                records.add(f"{name}, {groups} groups, {rows} rows, {depth} to {width}, {kind}", **figures)
             del values
 
 

@@ -1,7 +1,5 @@
 """Indexer logits and their top-k on the H100: `python -m benchmarks.kernels.indexer [--check]`."""
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,7 +70,7 @@ def check(chosen: list[int]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = measure.parser(__doc__)
     parser.add_argument(
         "--check",
         nargs="*",
@@ -81,7 +79,7 @@ def main() -> None:
         help="only compare with float32 references (of all cases or these)",
     )
     arguments = parser.parse_args()
-    print(measure.versions())
+    records = measure.Records("indexer", arguments.results)
     if arguments.check is not None:
         return check(arguments.check)
     for queries, keys, heads in SHAPES:
@@ -92,20 +90,15 @@ def main() -> None:
                 flops = 2 * heads * 128 * int(np.asarray(lengths).sum())
                 args = (q, k, weights, lengths) + (() if scale is None else (scale,))
                 ms = measure.jax_milliseconds(indexer.indexer_logits, *args)
-                note = ""
+                figures = {"ms": ms, "tflops": flops / ms / 1e9}
                 if name == "causal":
-                    top = measure.jax_milliseconds(
+                    figures["with_topk_ms"] = measure.jax_milliseconds(
                         lambda q, k, w, n, *s: indexer.indexer_topk(q, k, w, n, 2048, *s), *args
                     )
-                    note = f", with top-k {top:.2f} ms"
                     if heads == 64 and dtype == jnp.bfloat16:
-                        slow = measure.jax_milliseconds(xla_logits, q, k, weights, lengths)
-                        note += f", XLA {slow:.1f} ms"
-                print(
-                    f"{queries} queries {keys} keys {heads} heads {jnp.dtype(dtype).name} {name}: {ms:.2f} ms, "
-                    f"{flops / ms / 1e9:.0f} TFLOP/s{note}",
-                    flush=True,
-                )
+                        figures["xla_ms"] = measure.jax_milliseconds(xla_logits, q, k, weights, lengths)
+                kind = f"{jnp.dtype(dtype).name} {name}"
+                records.add(f"{queries} queries, {keys} keys, {heads} heads, {kind}", **figures)
 
 
 def xla_logits(q, k, weights, lengths):

@@ -1,11 +1,10 @@
 """Sparse attention on a Hopper GPU: `python -m benchmarks.kernels.sparse_attention [--check]`.
 
-Prints each shape's median time, TFLOP/s and ratio to plain XLA (a gather, a chunk of queries at a time) in the same
-run. A product of a query head with a row counts 2 * H and its value 2 * V; the backward counts five products.
+Prints each shape's median time and TFLOP/s, and the time of plain XLA (a gather, a chunk of queries at a time) in the
+same run. A product of a query head with a row counts 2 * H and its value 2 * V; the backward counts five products.
 `--check` compares output, log-sum-exp and gradients with a float32 reference on fresh random inputs instead.
 """
 
-import argparse
 import functools
 import secrets
 
@@ -187,7 +186,7 @@ def check_decode(seed: int) -> bool:
     return good
 
 
-def decode_times() -> None:
+def decode_times(records: measure.Records) -> None:
     for batch in (128,):
         rng = np.random.default_rng(0)
         q = jax.random.normal(jax.random.key(0), (batch, 2, 128, 576), jnp.bfloat16)
@@ -200,14 +199,10 @@ def decode_times() -> None:
 
             ms = measure.jax_milliseconds(decode, q, cache, indices)
             flops = 2 * batch * 2 * 128 * 2048 * (576 + V)
-            print(
-                f"decode {batch} x 2 queries, 32k keys, {cache.dtype!s:9} {ms * 1e3:8.0f} us "
-                f"{flops / ms / 1e9:6.0f} TFLOP/s",
-                flush=True,
-            )
+            records.add(f"decode {batch} x 2 queries, 32k keys, {cache.dtype!s}", us=ms * 1e3, tflops=flops / ms / 1e9)
 
 
-def time_shape(shape, quick: bool) -> None:
+def time_shape(shape, quick: bool, records: measure.Records) -> None:
     name, queries, heads, width, keys, count, with_sinks = shape
     q, kv, dout, indices, sinks = inputs(queries, heads, width, keys, count, with_sinks)
 
@@ -226,36 +221,32 @@ def time_shape(shape, quick: bool) -> None:
     pairs = 2 * queries * heads * count
     forward_ms = measure.jax_milliseconds(attend, q, kv, indices, sinks)
     both_ms = measure.jax_milliseconds(backward(attend), q, kv, indices, sinks, dout)
-    xla = [float("nan")] * 2
-    if not quick:
-        xla = [measure.jax_milliseconds(plain, q, kv, indices, sinks)]
-        xla.append(measure.jax_milliseconds(backward(plain), q, kv, indices, sinks, dout))
     backward_ms = both_ms - forward_ms
-    print(
-        f"{name:26} {forward_ms:10.3f} {pairs * (width + V) / forward_ms / 1e9:8.0f} {xla[0] / forward_ms:6.1f} "
-        f"{backward_ms:12.3f} {pairs * (3 * width + 2 * V) / backward_ms / 1e9:8.0f} {xla[1] / both_ms:6.1f}",
-        flush=True,
-    )
-
-
-def times(quick: bool) -> None:
-    print(f"{'':26} {'forward ms':>10} {'TFLOP/s':>8} {'x XLA':>6} {'backward ms':>12} {'TFLOP/s':>8} {'x XLA':>6}")
-    for shape in SHAPES:
-        time_shape(shape, quick)
+    figures = {
+        "forward_ms": forward_ms,
+        "forward_tflops": pairs * (width + V) / forward_ms / 1e9,
+        "backward_ms": backward_ms,
+        "backward_tflops": pairs * (3 * width + 2 * V) / backward_ms / 1e9,
+    }
+    if not quick:
+        figures["xla_forward_ms"] = measure.jax_milliseconds(plain, q, kv, indices, sinks)
+        figures["xla_both_ms"] = measure.jax_milliseconds(backward(plain), q, kv, indices, sinks, dout)
+    records.add(name, **figures)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare with a float32 reference instead")
     parser.add_argument("--quick", action="store_true", help="leave out plain XLA")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**31), help="of --check")
     options = parser.parse_args()
-    print(measure.versions())
+    records = measure.Records("sparse_attention", options.results)
     if options.check:
         print("seed", options.seed)
         raise SystemExit(0 if check_decode(options.seed) and check(options.seed) else 1)
-    decode_times()
-    times(options.quick)
+    decode_times(records)
+    for shape in SHAPES:
+        time_shape(shape, options.quick, records)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Exact top-k on the H100 beside torch's: `python -m benchmarks.kernels.topk [--check]`."""
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,12 +59,12 @@ def check(chosen: list[int]) -> None:
 def main() -> None:
     import torch
 
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = measure.parser(__doc__)
     parser.add_argument(
         "--check", nargs="*", type=int, metavar="CASE", help="only compare with numpy (of all cases or these)"
     )
     arguments = parser.parse_args()
-    print(measure.versions())
+    records = measure.Records("topk", arguments.results)
     if arguments.check is not None:
         return check(arguments.check)
     for rows, width, k in SHAPES:
@@ -78,11 +76,7 @@ def main() -> None:
         scores_torch = measure.to_torch(scores)
         torch_ms = measure.torch_milliseconds(lambda s=scores_torch, k=k: torch.topk(s, k, sorted=False))
         floor = scores.nbytes / 3e9
-        print(
-            f"{rows} rows, {k} of {width}: {ours:.3f} ms (ties {ties:.3f}), torch {torch_ms:.3f}, XLA {xla:.3f}, "
-            f"one read {floor:.3f}; {torch_ms / ours:.1f}x torch",
-            flush=True,
-        )
+        records.add(f"{k} of {width}, {rows} rows", ms=ours, ties_ms=ties, torch_ms=torch_ms, xla_ms=xla, read_ms=floor)
 
 
 if __name__ == "__main__":
