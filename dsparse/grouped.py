@@ -45,14 +45,15 @@ def take_rows(x: Float[Array, "M D"], index: Int[Array, "..."]) -> Float[Array, 
 
 @jax.custom_vjp
 def spread(x: Float[Array, "T D"], source: Int[Array, " slots"], slot: Int[Array, "T K"]) -> Float[Array, "slots D"]:
-    """Copy each token to its K slots: out[s] = x[source[s] // K]. Knowing `slot`, the gradient is a gather too."""
+    """Copy each token to its K slots: out[s] = x[source[s] // K]. Knowing `slot`, the gradient is `collect`."""
     return take_rows(x, jnp.where(source >= 0, source // slot.shape[1], -1))
 
 
 @jax.custom_vjp
-def collect(y: Float[Array, "slots D"], source: Int[Array, " slots"], slot: Int[Array, "T K"]) -> Float[Array, "T K D"]:
-    """Fetch each token's K results; the reverse of `spread`."""
-    return take_rows(y, slot)
+def collect(y: Float[Array, "slots D"], source: Int[Array, " slots"], slot: Int[Array, "T K"]) -> Float[Array, "T D"]:
+    """Sum each token's K results: the transpose of `spread`, which is its gradient."""
+    parts = (take_rows(y, slot[:, k]).astype(jnp.float32) for k in range(slot.shape[1]))  # never [T, K, D] at once
+    return functools.reduce(jnp.add, parts).astype(y.dtype)
 
 
 def _no_gradient(*indices: Array):
@@ -60,13 +61,11 @@ def _no_gradient(*indices: Array):
 
 
 def _spread_bwd(indices, g):
-    source, slot = indices
-    return take_rows(g, slot).sum(axis=1), *_no_gradient(source, slot)
+    return collect(g, *indices), *_no_gradient(*indices)
 
 
 def _collect_bwd(indices, g):
-    source, slot = indices
-    return take_rows(g.reshape(-1, g.shape[-1]), source), *_no_gradient(source, slot)
+    return spread(g, *indices), *_no_gradient(*indices)
 
 
 spread.defvjp(lambda x, source, slot: (spread(x, source, slot), (source, slot)), _spread_bwd)
@@ -98,8 +97,11 @@ def sorted_blocks(group: Int[Array, " M"], groups: int) -> Blocks:
     return Blocks(block_group, source, slot)
 
 
-def in_turns(fn: Callable, rows: Float[Array, "b m D"], group: Int[Array, " b"], weights) -> Float[Array, "b m F"]:
-    """fn(rows, weights of each block's group), so many blocks at a time that the copied weights stay small."""
+def in_turns(fn: Callable, rows, group: Int[Array, " b"], weights) -> Float[Array, "b m F"]:
+    """fn(rows, weights of each block's group), so many blocks at a time that the copied weights stay small.
+
+    rows: any tree of [b, m, ...].
+    """
     count, held = group.shape[0], jax.tree.leaves(weights)
     bytes_a_block = sum(w[0].size * w.dtype.itemsize for w in held)
     turns = min(count, max(1, -(-count * bytes_a_block // GATHERED_BYTES)))
@@ -109,18 +111,23 @@ def in_turns(fn: Callable, rows: Float[Array, "b m D"], group: Int[Array, " b"],
 
     if turns == 1:
         return some(rows, group)
-    return jax.lax.map(lambda args: some(args[0][None], args[1][None])[0], (rows, group), batch_size=count // turns)
+    one = functools.partial(jax.tree.map, lambda a: a[None])
+    return jax.lax.map(lambda args: some(*one(args))[0], (rows, group), batch_size=count // turns)
 
 
-def swiglu_experts(rows: Float[Array, "b m D"], experts: Experts, limit: float | None) -> Float[Array, "b m D"]:
-    """Block b through its own expert b."""
+def swiglu_experts(
+    rows: tuple[Float[Array, "b m D"], Float[Array, "b m"]], experts: Experts, limit: float | None
+) -> Float[Array, "b m D"]:
+    """Block b of rows and their weights through its own expert b."""
+    rows, weights = rows
     gate_up = dequantize(experts.gate_up, experts.gate_up_scale_inv, rows.dtype)
     gate_up = gate_up.reshape(
         gate_up.shape[0], -1, gate_up.shape[-1]
     )  # one plain batched product: XLA's fast path on CPU
     gate, up = jnp.split(jnp.einsum("bmd,bfd->bmf", rows, gate_up), 2, axis=-1)
     down = dequantize(experts.down, experts.down_scale_inv, rows.dtype)
-    return jnp.einsum("bmf,bdf->bmd", swiglu(gate, up, limit), down)
+    hidden = swiglu(gate, up, limit) * weights[..., None].astype(rows.dtype)  # narrower than the output
+    return jnp.einsum("bmf,bdf->bmd", hidden, down)
 
 
 def expert_mlp(
@@ -134,21 +141,22 @@ def expert_mlp(
     groups, (tokens, chosen) = experts.gate_up.shape[0], choice.shape
     mlp = functools.partial(swiglu_experts, limit=limit)
     group = choice.reshape(-1)
-    if group.size <= FEW_ROWS:
-        rows = jnp.repeat(x, chosen, axis=0)[:, None]
-        out = in_turns(mlp, rows, jnp.minimum(group, groups - 1), experts).reshape(tokens, chosen, -1)
-        out = jnp.where((choice < groups)[..., None], out, 0)
-    else:
-        out = _padded_experts(mlp, x, sorted_blocks(group, groups), choice.shape, experts)
-    return jnp.einsum("TKD,TK->TD", out, weights.astype(out.dtype))
+    if group.size > FEW_ROWS:
+        return _padded_experts(mlp, x, weights, sorted_blocks(group, groups), experts)
+    weights = jnp.where(choice < groups, weights, 0).reshape(-1, 1)
+    rows = jnp.repeat(x, chosen, axis=0)[:, None]
+    out = in_turns(mlp, (rows, weights), jnp.minimum(group, groups - 1), experts)
+    return jnp.sum(out.reshape(tokens, chosen, -1), axis=1)
 
 
-@functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable, static_argnums=(0, 3))
-def _padded_experts(mlp, x, blocks: Blocks, shape: tuple[int, int], experts: Experts) -> Float[Array, "T K D"]:
-    """Each token's K results. The backward pass copies rows and weights into blocks again instead of keeping them."""
-    slot = blocks.slot.reshape(shape)
-    rows = spread(x, blocks.source, slot).reshape(blocks.group.shape[0], -1, x.shape[-1])
-    return collect(in_turns(mlp, rows, blocks.group, experts).reshape(blocks.source.shape[0], -1), blocks.source, slot)
+@functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable, static_argnums=0)
+def _padded_experts(mlp, x, weights, blocks: Blocks, experts: Experts) -> Float[Array, "T D"]:
+    """Each token's weighted results. The backward pass copies rows and weights into blocks again, nothing keeps them."""
+    slot, count = blocks.slot.reshape(weights.shape), blocks.group.shape[0]
+    rows = spread(x, blocks.source, slot).reshape(count, -1, x.shape[-1])
+    weights = spread(weights.reshape(-1, 1), blocks.source, blocks.slot[:, None]).reshape(count, -1)
+    out = in_turns(mlp, (rows, weights), blocks.group, experts)
+    return collect(out.reshape(-1, x.shape[-1]), blocks.source, slot)
 
 
 def sorted_expert_mlp(
@@ -168,8 +176,8 @@ def sorted_expert_mlp(
     place = jnp.zeros_like(order).at[order].set(jnp.arange(group.size), unique_indices=True).reshape(choice.shape)
     sizes = jnp.bincount(group, length=groups + 1)[:groups].astype(jnp.int32)
     hidden = swiglu_rows(spread(x, order, place), experts, sizes)
-    out = collect(down_rows(hidden, experts, sizes), order, place)
-    return jnp.einsum("TKD,TK->TD", out, weights.astype(out.dtype))
+    hidden *= spread(weights.reshape(-1, 1), order, place.reshape(-1, 1)).astype(hidden.dtype)
+    return collect(down_rows(hidden, experts, sizes), order, place)
 
 
 def grouped_matmul(
@@ -182,4 +190,4 @@ def grouped_matmul(
     slot = blocks.slot[:, None]
     padded = spread(x, blocks.source, slot).reshape(blocks.group.shape[0], -1, x.shape[-1])
     out = in_turns(lambda a, w: jnp.einsum("bmd,bfd->bmf", a, w.astype(a.dtype)), padded, blocks.group, weights)
-    return collect(out.reshape(blocks.source.shape[0], -1), blocks.source, slot)[:, 0]
+    return collect(out.reshape(blocks.source.shape[0], -1), blocks.source, slot)

@@ -15,11 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from dsparse import banded, dispatch, gathered, grouped, indexing, reference, sharding
+from dsparse import banded, causal, dispatch, gathered, grouped, indexing, reference, sharding
 from dsparse.params import QUANTIZED
 
-QUERY_BLOCK = 256  # queries attended at once by the XLA path: bounds its score matrix
-CAUSAL_PARTS = 8  # of a sequence, each with its own number of keys
 KEY_BLOCK = 512  # cached keys expanded at once
 EXPANDED_BYTES = 4 << 30  # most memory for all cached keys and values expanded at once, where cuDNN takes them
 
@@ -53,8 +51,8 @@ def causal_attention(
     segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N V"]:
-    """Causal softmax attention within segments. Differentiable; keeps no [T, S] matrix for the backward pass."""
-    choices = {"cudnn": _causal_attention_cudnn, "xla": _causal_attention}
+    """Causal softmax attention within segments. Differentiable; keeps no [T, S] matrix."""
+    choices = {"cudnn": _causal_attention_cudnn, "xla": causal.causal_attention}
     return dispatch.call("causal_attention", implementation, choices, q, k, v, scale=scale, segment_ids=segment_ids)
 
 
@@ -68,45 +66,6 @@ def _causal_attention_cudnn(q, k, v, *, scale, segment_ids):
     heads = ("batch", None, "heads", None)
     segments = () if segment_ids is None else ("batch", None)
     return dispatch.on_each_device(attend, (heads, heads, heads, segments), heads, q, k, v, segment_ids)
-
-
-def _causal_attention(q: Array, k: Array, v: Array, *, scale: float, segment_ids: Array | None) -> Array:
-    """By blocks of queries.
-
-    Rows are cut into up to CAUSAL_PARTS parts that see only the keys up to their end, which saves almost half the
-    products; within a part blocks follow one another. The backward pass computes each block's weights again: no [T, S]
-    matrix outlives its block.
-    """
-    length = q.shape[1]
-    size = -(-length // min(CAUSAL_PARTS, -(-length // QUERY_BLOCK)))
-    parts = []
-    for start in range(0, length, size):
-        stop = min(start + size, length)
-        segments = None if segment_ids is None else segment_ids[:, :stop]
-        parts.append(_attention_part(q[:, start:stop], k[:, :stop], v[:, :stop], segments, start, scale))
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-
-
-def _attention_part(q: Array, k: Array, v: Array, segment_ids: Array | None, start: int, scale: float) -> Array:
-    """Causal attention of the last rows of a sequence, from row `start` on, over all its keys."""
-    batch, rows = q.shape[:2]
-    index = jnp.arange(k.shape[1])
-
-    @jax.checkpoint
-    def block(q: Array, row: Array) -> Array:
-        keep = (row[:, None] >= index)[None]
-        if segment_ids is not None:
-            keep = keep & (segment_ids[:, row, None] == segment_ids[:, None])
-        return reference.causal_attention(q, k, v, keep, scale)
-
-    if rows <= QUERY_BLOCK:
-        return block(q, start + jnp.arange(rows))
-    blocks = -(-rows // QUERY_BLOCK)
-    padding = blocks * QUERY_BLOCK - rows
-    q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0))).reshape(batch, blocks, QUERY_BLOCK, *q.shape[2:])
-    row = jnp.minimum(start + jnp.arange(blocks * QUERY_BLOCK), k.shape[1] - 1).reshape(blocks, QUERY_BLOCK)
-    out = jax.lax.map(lambda block_inputs: block(*block_inputs), (jnp.moveaxis(q, 1, 0), row))
-    return jnp.moveaxis(out, 0, 1).reshape(batch, blocks * QUERY_BLOCK, *out.shape[3:])[:, :rows]
 
 
 def latent_attention(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsparse import dispatch, grouped, ops, reference
+from dsparse import causal, dispatch, grouped, ops, reference
 
 
 def random_experts(key, groups=5, width=24, depth=16):
@@ -89,13 +89,21 @@ def test_fp8_blocks_with_ragged_edges():
 
 @pytest.mark.parametrize("block", [256, 64, 16])
 def test_causal_attention_by_blocks_equals_one_mask(block, monkeypatch):
-    monkeypatch.setattr(ops, "QUERY_BLOCK", block)
-    q, k, v = (jax.random.normal(jax.random.key(i), (2, 300, 3, 8)) for i in range(3))
+    monkeypatch.setattr(causal, "QUERY_BLOCK", block)
+    q, k = (jax.random.normal(jax.random.key(i), (2, 300, 3, 8)) for i in range(2))
+    v, d_out = (jax.random.normal(jax.random.key(i), (2, 300, 3, 5)) for i in range(2, 4))
     segments = jnp.sort(jax.random.randint(jax.random.key(4), (2, 300), 0, 4), axis=1)
     index = jnp.arange(300)
     keep = (index[:, None] >= index) & (segments[:, :, None] == segments[:, None])
-    ours = ops.causal_attention(q, k, v, scale=0.3, segment_ids=segments)
-    np.testing.assert_allclose(ours, reference.causal_attention(q, k, v, keep, 0.3), atol=1e-5)
+
+    def with_gradients(attend):
+        out, gradients = jax.vjp(attend, q, k, v)
+        return out, *gradients(d_out)
+
+    ours = with_gradients(lambda q, k, v: ops.causal_attention(q, k, v, scale=0.3, segment_ids=segments))
+    expected = with_gradients(lambda q, k, v: reference.causal_attention(q, k, v, keep, 0.3))
+    for found, right in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(found, right, atol=1e-5)
 
 
 def test_a_named_implementation_is_that_one_or_an_error():
