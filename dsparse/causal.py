@@ -9,6 +9,7 @@ for the same reason.
 from __future__ import annotations
 
 import functools
+
 from typing import NamedTuple
 
 import jax

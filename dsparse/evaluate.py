@@ -10,12 +10,11 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dsparse.config import ModelConfig
 from dsparse.errors import DsparseError
-from dsparse.model import Model, check_tokens
+from dsparse.model import Model, check_tokens, split
 from dsparse.training.loss import cross_entropy
 
 
@@ -51,11 +50,11 @@ def evaluate(
     if np.size(tokens) < 2:
         raise DsparseError(f"evaluation needs at least two tokens, found {np.size(tokens)}")
     tokens = check_tokens(np.asarray(tokens)[None], model.config.vocab_size)[0]
-    graphdef, state = nnx.split(model)
+    structure, state = split(model)
     total, started = 0.0, time.perf_counter()
     batches = list(windows(tokens, context_length, batch_size))
     for inputs, targets, weights in tqdm(batches, desc="evaluating", unit="batch", disable=not progress):
-        total += float(_batch_loss(graphdef, state, inputs, targets, weights))
+        total += float(_batch_loss(structure, state, inputs, targets, weights))
     seconds, count = time.perf_counter() - started, len(tokens) - 1
     loss = total / count
     return Evaluation(loss, math.exp(min(loss, 700.0)), count, context_length, seconds, count / seconds)
@@ -75,8 +74,8 @@ def windows(tokens: Int[np.ndarray, " tokens"], length: int, batch_size: int) ->
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _batch_loss(graphdef, state, inputs: Array, targets: Array, weights: Array) -> Float[Array, ""]:
-    model = nnx.merge(graphdef, state)
+def _batch_loss(structure, state, inputs: Array, targets: Array, weights: Array) -> Float[Array, ""]:
+    model = structure.merge(state)
     hidden, _, _ = model.hidden_states(inputs)
     return cross_entropy(model.norm(hidden), model.head_weight(), targets, weights)
 

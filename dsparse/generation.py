@@ -16,7 +16,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -24,7 +23,7 @@ from dsparse import mtp
 from dsparse.cache import Arrays
 from dsparse.context import AnyArray
 from dsparse.errors import DsparseError
-from dsparse.model import Cache, Model, check_tokens
+from dsparse.model import Cache, Model, Structure, check_tokens, split
 from dsparse.sampling import Sampling, make_sampling, sample
 
 PREFILL_CHUNK = 1024
@@ -83,14 +82,14 @@ def generate(
     sampling = make_sampling(temperature, top_k, top_p, min_p)
     stop, filler = _stop_tokens(model, stop_tokens)
     drafters = _drafters(model, speculative)
-    graphdef, state = nnx.split(model)
+    structure, state = split(model)
     padded = _pad_prompts(tokens)
-    caches = _empty_caches(graphdef, state, len(tokens), bucket(padded.shape[1] + max_new_tokens + drafters), drafters)
-    ends, caches = prefill(graphdef, state, caches, padded, lengths)
+    caches = _empty_caches(structure, state, len(tokens), bucket(padded.shape[1] + max_new_tokens + drafters), drafters)
+    ends, caches = prefill(structure, state, caches, padded, lengths)
     keys = jax.random.split(jax.random.key(seed), len(tokens))
     ahead = _tokens_after(padded, lengths, max(1, drafters))
     columns = bucket(max_new_tokens) + drafters + 1
-    loop, caches = _first_token(graphdef, state, caches, ends, ahead, lengths, sampling, keys, stop, columns)
+    loop, caches = _first_token(structure, state, caches, ends, ahead, lengths, sampling, keys, stop, columns)
     seen = 0
     while True:
         if on_token:
@@ -98,7 +97,7 @@ def generate(
         if np.all(loop.done | (loop.count >= max_new_tokens)):
             break
         rounds = 1 if on_token else ROUNDS_A_CALL
-        loop, caches = _decode(graphdef, state, loop, caches, rounds, max_new_tokens, sampling, keys, stop)
+        loop, caches = _decode(structure, state, loop, caches, rounds, max_new_tokens, sampling, keys, stop)
     if drafters:
         _report_acceptance(Acceptance(int(loop.drafted), int(loop.accepted)), on_acceptance)
     return _fill_after_stop(np.array(loop.out[:, :max_new_tokens]), stop, filler)
@@ -171,13 +170,13 @@ class Caches(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))
-def _empty_caches(graphdef, state, batch: int, slots: int, drafters: int) -> Caches:
-    model = nnx.merge(graphdef, state)
+def _empty_caches(structure, state, batch: int, slots: int, drafters: int) -> Caches:
+    model = structure.merge(state)
     return Caches(model.init_cache(batch, slots), mtp.init_caches(model, drafters, batch, slots))
 
 
 def prefill(
-    graphdef, state, caches: Caches, tokens: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, " B"]
+    structure: Structure, state, caches: Caches, tokens: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, " B"]
 ) -> tuple[Float[Array, "B W *M D"], Caches]:
     """Run the prompts through the model in chunks.
 
@@ -188,14 +187,14 @@ def prefill(
     padded = np.pad(tokens, ((0, 0), (0, extra)))
     for start in range(0, tokens.shape[1], PREFILL_CHUNK):
         chunk = padded[:, start : min(start + PREFILL_CHUNK, tokens.shape[1]) + extra]
-        ends, caches = _prefill_chunk(graphdef, state, caches, ends, chunk, start, lengths, start == 0)
+        ends, caches = _prefill_chunk(structure, state, caches, ends, chunk, start, lengths, start == 0)
     return ends, caches
 
 
 @functools.partial(jax.jit, static_argnums=(0, 7), donate_argnums=2)
-def _prefill_chunk(graphdef, state, caches: Caches, ends, tokens, start, lengths, first: bool):
+def _prefill_chunk(structure, state, caches: Caches, ends, tokens, start, lengths, first: bool):
     """tokens: of the chunk, then one more for each drafter."""
-    model, length = nnx.merge(graphdef, state), tokens.shape[1] - len(caches.drafters)
+    model, length = structure.merge(state), tokens.shape[1] - len(caches.drafters)
     positions = jnp.broadcast_to(start + jnp.arange(length), (len(tokens), length))
     slots = jnp.where(positions < lengths[:, None], positions, -1)
     context = model.context(tokens[:, :length], positions, None, slots, empty_cache=first)
@@ -240,9 +239,9 @@ class Loop:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 9), donate_argnums=2)
-def _first_token(graphdef, state, caches: Caches, ends, ahead, lengths, sampling: Sampling, keys, stop, columns: int):
+def _first_token(structure, state, caches: Caches, ends, ahead, lengths, sampling: Sampling, keys, stop, columns: int):
     """Choose each row's first new token from what `prefill` returns, and draft those after it."""
-    model, zero = nnx.merge(graphdef, state), jnp.zeros(len(lengths), jnp.int32)
+    model, zero = structure.merge(state), jnp.zeros(len(lengths), jnp.int32)
     rows, end = jnp.arange(len(lengths)), jnp.minimum(lengths, ends.shape[1]) - 1
     token = _choose(model, ends[rows, end][:, None], sampling, keys, zero)[:, 0]
     positions = _last_positions(lengths, ends.shape[1])
@@ -262,7 +261,7 @@ def _choose(model: Model, residual: Float[Array, "B W *M D"], sampling: Sampling
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
-def _decode(graphdef, state, loop: Loop, caches: Caches, rounds, steps, sampling: Sampling, keys, stop):
+def _decode(structure, state, loop: Loop, caches: Caches, rounds, steps, sampling: Sampling, keys, stop):
     """Up to `rounds` rounds, until every row has a stop token or `steps` tokens.
 
     A round is one pass over each row's last token and its drafts. It accepts the drafts that the model would have
@@ -270,7 +269,7 @@ def _decode(graphdef, state, loop: Loop, caches: Caches, rounds, steps, sampling
     probability 1 is right to be accepted with probability p(x), and is, when the token sampled from p is x; another
     sampled token is one from p without x.
     """
-    model = nnx.merge(graphdef, state)
+    model = structure.merge(state)
 
     def step(carry):
         number, loop, caches = carry

@@ -83,8 +83,8 @@ class Model(nnx.Module):
         """
         if not isinstance(tokens, jax.core.Tracer):
             tokens = check_tokens(tokens, self.config.vocab_size)
-        graphdef, state = nnx.split(self)
-        return _forward(graphdef, state, tokens, positions, segment_ids)
+        structure, state = split(self)
+        return _forward(structure, state, tokens, positions, segment_ids)
 
     def hidden_states(
         self,
@@ -161,9 +161,9 @@ class Model(nnx.Module):
 
         A layer that shares another's selection, and one whose top-k covers all tokens, is None too.
         """
-        graphdef, state = nnx.split(self)
+        structure, state = split(self)
         by_layer = []
-        for run, stack in zip(self.runs, _reports(graphdef, state, tokens, segment_ids), strict=True):
+        for run, stack in zip(self.runs, _reports(structure, state, tokens, segment_ids), strict=True):
             for repeat in range(run.repeats):
                 by_layer.extend(None if r.selected is None else r.selected[repeat] for r in stack)
         return by_layer
@@ -212,16 +212,38 @@ def _scopes(top: Scope, storage: Sequence[Storage], run: Run) -> list[Scope]:
     ]
 
 
+class Structure:
+    """A model without its arrays, hashed once: jit hashes its static arguments in every call."""
+
+    def __init__(self, graphdef: nnx.GraphDef):
+        self.graphdef, self._hash = graphdef, hash(graphdef)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Structure) and self.graphdef == other.graphdef)
+
+    def merge(self, state: nnx.State) -> Model:
+        return nnx.merge(self.graphdef, state)
+
+
+def split(model: Model) -> tuple[Structure, nnx.State]:
+    """The model's structure, for jit to be static, and its arrays."""
+    graphdef, state = nnx.split(model)
+    return Structure(graphdef), state
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(graphdef, state, tokens, positions, segment_ids):
-    model = nnx.merge(graphdef, state)
+def _forward(structure, state, tokens, positions, segment_ids):
+    model = structure.merge(state)
     hidden, _, _ = model.hidden_states(tokens, positions, segment_ids)
     return model.logits(hidden)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _reports(graphdef, state, tokens, segment_ids):
-    model = nnx.merge(graphdef, state)
+def _reports(structure, state, tokens, segment_ids):
+    model = structure.merge(state)
     return model._run(model.context(tokens, None, segment_ids, report_selected=True))[2]
 
 

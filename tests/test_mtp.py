@@ -14,6 +14,7 @@ from v4_models import random_reference
 
 import dsparse
 from dsparse import generation, mtp
+from dsparse.model import split
 from dsparse.training import TrainConfig, make_train_step
 from dsparse.training.data import Batch
 from dsparse.training.loss import cross_entropy
@@ -167,12 +168,12 @@ def test_speculative_decoding_changes_nothing(family, layers):
 
 def test_chunks_of_a_prompt_fill_the_same_caches(monkeypatch):
     model, prompts, lengths = model_with("deepseek_v4", 2), random_tokens(2, 40), np.array([40, 17])
-    graphdef, state = nnx.split(model)
+    structure, state = split(model)
     filled = []
     for size in (64, 16):
         monkeypatch.setattr(generation, "PREFILL_CHUNK", size)
-        caches = generation._empty_caches(graphdef, state, 2, 48, 2)
-        filled.append(generation.prefill(graphdef, state, caches, prompts, lengths))
+        caches = generation._empty_caches(structure, state, 2, 48, 2)
+        filled.append(generation.prefill(structure, state, caches, prompts, lengths))
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), *filled)
 
 
