@@ -90,7 +90,7 @@ class Block(nnx.Module):
             hidden = self.post_attention_layernorm(hidden)
             if not isinstance(self.mlp, MixtureOfExperts):
                 return self.mlp(hidden)
-            out, routing = self.mlp(hidden, context.tokens)
+            out, routing = self.mlp(hidden, context.tokens, context.segment_ids)
             return out
 
         x = residual(self.attn_hc, x, mix)

@@ -9,7 +9,6 @@ for the same reason.
 from __future__ import annotations
 
 import functools
-
 from typing import NamedTuple
 
 import jax

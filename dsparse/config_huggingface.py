@@ -13,6 +13,7 @@ from typing import Any
 
 from dsparse.config import ModelConfig, RopeParameters
 from dsparse.errors import DsparseError
+from dsparse.params import FP8_BLOCK
 
 # Each model_type with what its family uses where the config does not spell it out.
 _V2 = {"scoring_func": "softmax", "topk_method": "greedy", "first_k_dense_replace": 0, "norm_topk_prob": False}
@@ -59,6 +60,12 @@ def model_config_fields(source: Mapping[str, Any]) -> dict[str, Any]:
     if missing:
         raise DsparseError(f"config lacks the field{'s' * (len(missing) > 1)} {', '.join(missing)}")
     values = FAMILIES[model_type] | {key: value for key, value in source.items() if value is not None}
+    block = (source.get("quantization_config") or {}).get("weight_block_size")
+    if block is not None and list(block) != [FP8_BLOCK, FP8_BLOCK]:
+        raise DsparseError(
+            f"config field quantization_config.weight_block_size {block!r} is not supported (only "
+            f"{[FP8_BLOCK, FP8_BLOCK]}): convert the checkpoint to bfloat16 with the tool that quantized it"
+        )
     if "num_mtp_layers" in source:  # transformers' newer name
         values.setdefault("num_nextn_predict_layers", source["num_mtp_layers"])
     if compressed:

@@ -56,7 +56,9 @@ class Router(nnx.Module):
             )
         self.config = config
 
-    def __call__(self, x: Float[Array, "B T D"], tokens: Int[Array, "B T"]) -> Routing:
+    def __call__(
+        self, x: Float[Array, "B T D"], tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None
+    ) -> Routing:
         c = self.config
         logits = ops.linear(x.astype(jnp.float32), self.weight[...].astype(jnp.float32))
         scores = SCORES[c.scoring_func](logits)
@@ -70,10 +72,12 @@ class Router(nnx.Module):
             c.norm_topk_prob and c.scoring_func != "softmax"
         ):  # the published V2 models leave it off, transformers ignores it
             weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
-        chosen = jax.nn.one_hot(experts, c.n_routed_experts).sum(axis=2)
-        return Routing(
-            weights * c.routed_scaling_factor, experts, chosen.sum(axis=(0, 1)), self._balance(scores, chosen)
+        real = (
+            jnp.ones_like(scores[..., :1]) if segment_ids is None else (segment_ids > 0)[..., None].astype(jnp.float32)
         )
+        chosen = jax.nn.one_hot(experts, c.n_routed_experts).sum(axis=2) * real
+        balance = self._balance(scores, chosen, real)
+        return Routing(weights * c.routed_scaling_factor, experts, chosen.sum(axis=(0, 1)), balance)
 
     def _eligible(self, scores: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """Scores to choose by: bias added, experts outside the best topk_group groups ruled out."""
@@ -89,11 +93,14 @@ class Router(nnx.Module):
         keep = jax.nn.one_hot(kept, c.n_group, dtype=bool).any(axis=-2)
         return jnp.where(keep[..., None], groups, -jnp.inf).reshape(scores.shape)
 
-    def _balance(self, scores: Float[Array, "B T E"], chosen: Float[Array, "B T E"]) -> Float[Array, ""]:
-        c = self.config
-        share = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
-        frequency = chosen.mean(axis=1) * c.n_routed_experts / c.num_experts_per_tok
-        return jnp.mean(jnp.sum(jax.lax.stop_gradient(frequency) * share.mean(axis=1), axis=-1))
+    def _balance(
+        self, scores: Float[Array, "B T E"], chosen: Float[Array, "B T E"], real: Float[Array, "B T 1"]
+    ) -> Float[Array, ""]:
+        """chosen: 1 for each token's experts, 0 elsewhere and for padding. real: 0 for padding, else 1."""
+        c, tokens = self.config, jnp.maximum(real.sum(axis=1), 1.0)
+        share = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20) * real
+        frequency = chosen.sum(axis=1) / tokens * c.n_routed_experts / c.num_experts_per_tok
+        return jnp.mean(jnp.sum(jax.lax.stop_gradient(frequency) * share.sum(axis=1) / tokens, axis=-1))
 
 
 SCORES = {
@@ -196,7 +203,10 @@ class MixtureOfExperts(nnx.Module):
         width = config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts = GatedMLP(scope["shared_experts"], config, width) if width else None
 
-    def __call__(self, x: Float[Array, "B T D"], tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T D"], Routing]:
-        routing = self.gate(x, tokens)
+    def __call__(
+        self, x: Float[Array, "B T D"], tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Routing]:
+        """Segment 0 is padding: its tokens count in neither load nor balance loss."""
+        routing = self.gate(x, tokens, segment_ids)
         out = self.experts(x, routing.weights.astype(jnp.float32), routing.experts)
         return out if self.shared_experts is None else out + self.shared_experts(x), routing

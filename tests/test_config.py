@@ -71,6 +71,8 @@ VARIATIONS = {
         "type": "yarn", "factor": 8.0, "mscale": 0.8, "mscale_all_dim": 1.1, "beta_fast": 32, "beta_slow": 1,
         "original_max_position_embeddings": 64}}),
     "v3 dense only": ("deepseek_v3", {"first_k_dense_replace": 3}),
+    "glm 4 lite": ("glm4_moe_lite", {}),
+    "glm 4 lite, layers named": ("glm4_moe_lite", {"mlp_layer_types": ["sparse", "dense", "sparse"], "n_group": 1}),
     "v2": ("deepseek_v2", {}),
     "v2-lite": ("deepseek_v2", {"topk_method": "greedy", "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}),
     "v2 query compression": ("deepseek_v2", {"q_lora_rank": 24, "routed_scaling_factor": 16.0, "topk_group": 2}),
@@ -85,7 +87,7 @@ def test_logits_of_every_variation_equal_transformers(name, tmp_path):
     family, changes = VARIATIONS[name]
     fields = tiny_config(family) | {"initializer_range": 0.1} | changes
     torch.manual_seed(0)
-    classes = {"deepseek_v2": "DeepseekV2", "deepseek_v3": "DeepseekV3"}
+    classes = {"deepseek_v2": "DeepseekV2", "deepseek_v3": "DeepseekV3", "glm4_moe_lite": "Glm4MoeLite"}
     config = getattr(transformers, classes[family] + "Config")(**{k: v for k, v in fields.items() if k != "model_type"})
     reference = getattr(transformers, classes[family] + "ForCausalLM")(config).eval()
     for parameter_name, parameter in reference.named_parameters():
@@ -120,6 +122,10 @@ def test_logits_of_every_variation_equal_transformers(name, tmp_path):
         ({"qk_rope_head_dim": 7}, "qk_rope_head_dim must be even"),
         ({"mlp_layer_types": ["dense"]}, "mlp_layer_types lists 1 layers"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type 'llama3' is not supported"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}},
+            "weight_block_size .64, 64. is",
+        ),
     ],
 )
 def test_inconsistent_configs_are_named(changes, message):

@@ -82,3 +82,18 @@ def test_gradients_equal_a_dense_loop(family, skew):
         assert name == "gate" or np.abs(gradient).max() > 1e-3
     if skew:
         assert not np.asarray(actual["down"])[[0, 3, 4, 5, 6, 7]].any()
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2", "deepseek_v4"])
+def test_padding_counts_in_neither_load_nor_balance_loss(family):
+    config = ModelConfig.tiny(family)
+    layer = MixtureOfExperts(Scope(nnx.Rngs(0), jnp.dtype("float32")), config)
+    x = jax.random.normal(jax.random.key(1), (2, 24, config.hidden_size))
+    tokens = jnp.arange(48).reshape(2, 24)
+    segments = jnp.concatenate([jnp.ones((2, 9), jnp.int32), jnp.full((2, 8), 2), jnp.zeros((2, 7), jnp.int32)], axis=1)
+    out, padded = layer(x, tokens, segments)
+    expected, alone = layer(x[:, :17], tokens[:, :17])
+    np.testing.assert_allclose(out[:, :17], expected, atol=1e-5)
+    np.testing.assert_array_equal(padded.load, alone.load)
+    assert padded.load.sum() == 2 * 17 * config.num_experts_per_tok
+    np.testing.assert_allclose(padded.balance_loss, alone.balance_loss, rtol=1e-5)

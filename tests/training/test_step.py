@@ -126,7 +126,7 @@ def test_the_balance_loss_is_the_sequence_wise_one():
     config, gate = model.config, gate_of(model)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, config.hidden_size)), jnp.float32)
     graphdef, state = nnx.split(gate)
-    routing = nnx.merge(graphdef, jax.tree.map(lambda a: a[0], state))(x, jnp.zeros((2, 16), jnp.int32))
+    routing = nnx.merge(graphdef, jax.tree.map(lambda a: a[0], state))(x, jnp.zeros((2, 16), jnp.int32), None)
     scores = jax.nn.sigmoid(x @ gate.weight[...][0].T)
     expected, k, e = 0.0, config.num_experts_per_tok, config.n_routed_experts
     for row in range(2):
