@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsparse.errors import DsparseError
+from dsparse.errors import DsparseError, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         return arguments.run(arguments) or 0
-    except DsparseError as error:
-        print(f"dsparse {arguments.command}: {error}", file=sys.stderr)
+    except (DsparseError, OSError) as error:
+        print(f"dsparse {arguments.command}: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"dsparse {arguments.command}: interrupted", file=sys.stderr)
@@ -126,9 +126,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     if not ids:
         raise DsparseError("--prompt is empty: give at least one token of text")
     model = _load(arguments)
-    stream = None if arguments.json else _Stream(tokenizer, set(model.config.eos_token_id))
-    if stream:
-        print(arguments.prompt, end="", flush=True)
+    stream = None if arguments.json else _Stream(tokenizer, set(model.config.eos_token_id), arguments.prompt)
     acceptance = []
     new = generate(
         model, np.asarray([ids]), max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
@@ -150,12 +148,14 @@ def until_stop(tokens: Sequence[int], stop: Sequence[int]) -> list[int]:
 
 
 class _Stream:
-    """Prints text as its tokens come; characters spread over several tokens wait for the last of them."""
+    """Prints the prompt and text as its tokens come; characters spread over several tokens wait for the last of them."""
 
-    def __init__(self, tokenizer, stop: set[int]):
-        self.tokenizer, self.stop, self.ids, self.printed = tokenizer, stop, [], 0
+    def __init__(self, tokenizer, stop: set[int], prompt: str):
+        self.tokenizer, self.stop, self.prompt, self.ids, self.printed = tokenizer, stop, prompt, [], 0
 
     def __call__(self, tokens, finished) -> None:
+        print(self.prompt, end="", flush=True)
+        self.prompt = ""
         if int(tokens[0]) in self.stop:
             return
         self.ids.append(int(tokens[0]))

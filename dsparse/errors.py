@@ -6,3 +6,10 @@ class DsparseError(ValueError):
 
     Command-line entry points print it without a traceback and exit with status 1.
     """
+
+
+def one_line(error: DsparseError | OSError) -> str:
+    """What a command prints instead of a traceback."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

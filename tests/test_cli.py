@@ -75,7 +75,10 @@ def test_evaluation_needs_two_tokens():
         (["generate", DEMO, "--prompt", "a", "--mesh", "rows=2"], "mesh 'rows=2'"),
         (["generate", DEMO, "--prompt", "a", "--mesh", "data=64"], "needs 64 devices"),
         (["eval", DEMO, "--data", "no-such-file.txt"], "no-such-file.txt: not found"),
+        (["generate", DEMO, "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
+        (["generate", DEMO, "--prompt", "a", "--temperature", "-1"], "temperature -1.0 is out of range"),
         (["convert", "no/such/folder", "out"], "no/such/folder"),
+        (["convert", DEMO, __file__ + "/inside"], "Not a directory"),
     ],
 )
 def test_bad_input_is_one_line(capsys, argv, message):

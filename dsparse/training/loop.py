@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from dsparse.errors import DsparseError
+from dsparse.errors import DsparseError, one_line
 from dsparse.model import Model
 from dsparse.sharding import make_mesh, named_sharding
 from dsparse.training.checkpoint import Checkpoints
@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run with the options of a command line; 0 if it went well or was stopped by a signal."""
     try:
         train(parse_config(argv))
-    except DsparseError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (DsparseError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
 
