@@ -63,7 +63,8 @@ def generate(
 ) -> Int[np.ndarray, "B max_new_tokens"]:
     """Continue every prompt by up to `max_new_tokens` tokens.
 
-    tokens: prompts, integers [B, T]; where they differ in length, fill on the right and give `lengths`.
+    tokens: prompts, integers [B, T]; where they differ in length, a list of lists, or fill on the right and give
+        `lengths`.
     temperature: 0 picks the most likely token; top_k, top_p, min_p filter as in transformers.
     stop_tokens: a row ends after one of these (default: the config's eos_token_id; (): none); the rest of the row is
         pad_token_id, or the stop token where the config has no padding.
@@ -75,6 +76,7 @@ def generate(
     Raises:
         DsparseError: a token id outside the vocabulary, an empty prompt, or sampling parameters out of range.
     """
+    tokens, lengths = _fill_rows(tokens, lengths)
     tokens = check_tokens(tokens, model.config.vocab_size)
     lengths = _check_lengths(tokens, lengths)
     if max_new_tokens < 1:
@@ -138,6 +140,16 @@ def bucket(size: int, smallest: int = 64) -> int:
     while power < size:
         power *= 2
     return power * 3 // 4 if power > smallest and power * 3 // 4 >= size else power
+
+
+def _fill_rows(tokens, lengths):
+    """Rows of a list that differ in length filled on the right, and their lengths."""
+    if lengths is not None or not isinstance(tokens, list | tuple):
+        return tokens, lengths
+    sizes = [np.size(row) for row in tokens]
+    if len(set(sizes)) <= 1:
+        return tokens, None
+    return [[*row, *[0] * (max(sizes) - size)] for row, size in zip(tokens, sizes, strict=True)], sizes
 
 
 def _check_lengths(tokens: np.ndarray, lengths: Sequence[int] | None) -> Int[np.ndarray, " B"]:

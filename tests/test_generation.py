@@ -45,6 +45,15 @@ def test_padding_content_does_not_matter(model, prompts):
     np.testing.assert_array_equal(*ours)
 
 
+def test_a_list_may_hold_prompts_of_different_lengths(model, prompts):
+    rows = [prompts[0, :9].tolist(), prompts[1, :4].tolist()]
+    filled = np.array([rows[0], rows[1] + [7] * 5])
+    together = dsparse.generate(model, rows, max_new_tokens=6, stop_tokens=())
+    np.testing.assert_array_equal(
+        together, dsparse.generate(model, filled, lengths=[9, 4], max_new_tokens=6, stop_tokens=())
+    )
+
+
 def test_stops_and_fills(model, prompts):
     free = dsparse.generate(model, prompts, max_new_tokens=12, stop_tokens=())
     stop = int(free[0, 4])
