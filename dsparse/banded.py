@@ -72,6 +72,7 @@ def banded_attention(
             name: blocks(value) for name, value in entries._asdict().items() if name != "rows" and value is not None
         }
 
+    @jax.checkpoint  # the backward pass computes a block's scores, and gathers its entries, again
     def attend(inputs: dict[str, Array]) -> Float[Array, "B block N H"]:
         rows = entries and entries.rows
         return _attend_block(inputs, rows, window=window, scale=scale, sinks=sinks, start=start)

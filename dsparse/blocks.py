@@ -209,7 +209,8 @@ class Stack(nnx.Module):
             return (x, caches, selected), reports
 
         if REMAT_POLICIES[remat] is not None:
-            step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
+            alone = self.repeats == 1  # inside a scan nothing is merged with the forward pass anyway
+            step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=alone)
         if self.repeats == 1:  # no scan: the leading axis of 1 costs nothing to index
             (x, caches, selected), reports = step(
                 (x, caches, context.selected), (jax.tree.map(lambda a: a[0], stacked), 0)

@@ -160,10 +160,17 @@ def test_model_gradients_equal_dense_masked_attention(monkeypatch):
     assert sum(np.any(g[...]) for g in dense.values()) > 20
 
 
+COMPRESSED = {
+    "layer_types": ["compressed_sparse_attention", "heavily_compressed_attention"], "mlp_layer_types": ["moe"] * 2,
+    "num_hidden_layers": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "options"), [("deepseek_v32", {}), ("deepseek_v4", COMPRESSED)])
 @pytest.mark.parametrize("backward", [False, True])
-def test_memory_of_32k_tokens(backward):
+def test_memory_of_32k_tokens(family, options, backward):
     """Compiled, not run: scratch memory of a prefill and a gradient, far below one 32k x 32k score matrix (4 GiB)."""
-    config = dsparse.ModelConfig.tiny("deepseek_v32", index_topk=64, max_position_embeddings=1 << 15)
+    config = dsparse.ModelConfig.tiny(family, index_topk=64, max_position_embeddings=1 << 15, **options)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: dsparse.Model(config, rngs=nnx.Rngs(0))))
     tokens = jax.ShapeDtypeStruct((1, 1 << 15), jnp.int32)
 
