@@ -106,7 +106,9 @@ def residual(
         x = x + sublayer(x)
     else:
         hidden, weights = connection.read(x)
-        x = connection.write(x, sublayer(hidden), weights)
+        # computed once, gradients too: XLA on CPU would mix the streams again for every transposed operand
+        hidden = jax.lax.optimization_barrier(hidden)
+        x = connection.write(x, jax.lax.optimization_barrier(sublayer(hidden)), weights)
     return constrain(x, "batch", *(None,) * (x.ndim - 1))
 
 
