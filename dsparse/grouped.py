@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from dsparse.reference import dequantize, swiglu
+from dsparse.reference import dequantize, gradient_once, swiglu
 
 GATHERED_BYTES = 64 << 20  # weights copied for one batched product; more are taken in turns
 FEW_ROWS = 32  # up to here (decode) every row gets a copy of its own expert's weights and nothing is sorted
@@ -124,10 +124,10 @@ def swiglu_experts(
     gate_up = gate_up.reshape(
         gate_up.shape[0], -1, gate_up.shape[-1]
     )  # one plain batched product: XLA's fast path on CPU
-    gate, up = jnp.split(jnp.einsum("bmd,bfd->bmf", rows, gate_up), 2, axis=-1)
+    gate, up = jnp.split(gradient_once(jnp.einsum("bmd,bfd->bmf", rows, gate_up)), 2, axis=-1)
     down = dequantize(experts.down, experts.down_scale_inv, rows.dtype)
     hidden = swiglu(gate, up, limit) * weights[..., None].astype(rows.dtype)  # narrower than the output
-    return jnp.einsum("bmf,bdf->bmd", hidden, down)
+    return gradient_once(jnp.einsum("bmf,bdf->bmd", hidden, down))
 
 
 def expert_mlp(

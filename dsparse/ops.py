@@ -36,19 +36,9 @@ def linear(
         raise ValueError("an 8- or 4-bit weight needs its block scales")
     weight = reference.dequantize(weight, scale_inv, x.dtype)
     contract = (((x.ndim - 1,), (1,)), ((), ()))
-    return gradient_once(jax.lax.dot_general(x, weight, contract, preferred_element_type=out_dtype or x.dtype))
-
-
-@jax.custom_vjp
-def gradient_once(y: Array) -> Array:
-    """`y`, whose gradient is computed before anything reads it.
-
-    A product's gradient is read twice, once transposed; XLA on CPU would compute it again there, walking across memory.
-    """
-    return y
-
-
-gradient_once.defvjp(lambda y: (y, None), lambda _, g: (jax.lax.optimization_barrier(g),))
+    return reference.gradient_once(
+        jax.lax.dot_general(x, weight, contract, preferred_element_type=out_dtype or x.dtype)
+    )
 
 
 # ---- dense attention ------------------------------------------------------------------------------------------------

@@ -36,6 +36,18 @@ def dequantize(
     return (weight.astype(jnp.float32) * scale).astype(dtype)
 
 
+@jax.custom_vjp
+def gradient_once(y: Array) -> Array:
+    """`y`, whose gradient is computed before anything reads it.
+
+    A product's gradient is read twice, once transposed; XLA on CPU would compute it again there, walking across memory.
+    """
+    return y
+
+
+gradient_once.defvjp(lambda y: (y, None), lambda _, g: (jax.lax.optimization_barrier(g),))
+
+
 def swiglu(
     gate: Float[Array, "*batch F"], up: Float[Array, "*batch F"], limit: float | None = None
 ) -> Float[Array, "*batch F"]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-CHUNK_BYTES = 16 << 20  # float32 logits held at once, on each part of a sharded batch
+CHUNK_BYTES = 8 << 20  # float32 logits held at once, on each part of a sharded batch
 
 
 def cross_entropy(
@@ -63,7 +63,7 @@ def _chunked_fwd(hidden, head, targets, weights):
         loss, normalizer = _chunk_loss(logits, t, w)
         hit = t[..., None] == jnp.arange(head.shape[0], dtype=t.dtype)
         gradient = (jnp.exp(logits - normalizer[..., None]) - hit) * w[..., None]
-        gradient = gradient.astype(h.dtype)
+        gradient = jax.lax.optimization_barrier(gradient.astype(h.dtype))  # else computed again for each product
         # hidden first: the small factor is the one that gets transposed
         head_gradient += jnp.einsum("BTD,BTV->DV", h, gradient, preferred_element_type=jnp.float32)
         return (total + loss, head_gradient), jnp.einsum("BTV,VD->BTD", gradient, head.astype(h.dtype))
