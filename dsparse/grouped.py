@@ -112,7 +112,12 @@ def in_turns(fn: Callable, rows, group: Int[Array, " b"], weights) -> Float[Arra
     if turns == 1:
         return some(rows, group)
     one = functools.partial(jax.tree.map, lambda a: a[None])
-    return jax.lax.map(lambda args: some(*one(args))[0], (rows, group), batch_size=count // turns)
+
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
+    def block(args):  # the backward pass copies weights again, turn by turn
+        return some(*one(args))[0]
+
+    return jax.lax.map(block, (rows, group), batch_size=count // turns)
 
 
 def swiglu_experts(

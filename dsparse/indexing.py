@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-SCORE_BYTES = 8 << 20  # of one chunk's scores
+SCORE_BYTES = 8 << 20  # of one chunk's scores on a CPU: they stay in its cache
+ON_ACCELERATORS = 32  # times as many, so that products are large
 UNROLLED_HEADS = 8  # more are looped over
 PREFIXES = 4  # lengths of the key axis that a chunk's scores are computed for, so that causal chunks skip the future
 SHORTEST_PREFIX = 256
@@ -42,7 +43,8 @@ def indexer_topk(
         return jax.lax.switch(jnp.sum(needed > jnp.array(prefixes[:-1], jnp.int32)), branches, *chunk)
 
     batch, time = ends.shape
-    size = min(time, max(1, SCORE_BYTES // (4 * batch * k.shape[1])))
+    budget = SCORE_BYTES * (1 if jax.default_backend() == "cpu" else ON_ACCELERATORS)
+    size = min(time, max(1, budget // (4 * batch * k.shape[1])))
     arrays = (q, weights, ends, starts)
     if size == time:
         return some(arrays)
