@@ -17,7 +17,7 @@ from jaxtyping import Array
 from dsparse import sharding
 
 logger = logging.getLogger("dsparse.ops")
-served: dict[tuple[str, str], str] = {}  # (op, implementation) -> why not a better one, of all choices made so far
+served: dict[tuple[str, str], str] = {}  # (op, implementation) -> why not a better one, where nobody asked for one
 
 Axes = Sequence[str | None]  # logical axis names, as in `sharding.RULES`
 
@@ -51,7 +51,7 @@ def call(op: str, implementation: str | None, choices: dict[str, Callable], *arg
                 raise
             reasons.append(f"{name}: {refusal}")
             continue
-        if (op, name) not in served:
+        if implementation is None and (op, name) not in served:
             served[op, name] = "; ".join(reasons)
             logger.info("%s is served by %s%s", op, name, f" ({'; '.join(reasons)})" if reasons else "")
         return result

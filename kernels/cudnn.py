@@ -31,8 +31,11 @@ def attention(
     Raises:
       NotImplementedError: for what it does not do, before anything runs.
     """
-    _check(q, k, v, keep)
-    width, value_width = k.shape[-1], v.shape[-1]
+    _check(q, k, v, causal, keep, lengths)
+    queries, width, value_width = q.shape[1], k.shape[-1], v.shape[-1]
+    if queries % 2 or k.shape[1] % 2:  # the backward pass takes even lengths only; no query sees the added key
+        q, k, v = (_even(x) for x in (q, k, v))
+        keep = None if keep is None else jnp.pad(keep, ((0, 0), (0, queries % 2), (0, keep.shape[2] % 2)))
     if value_width < width and (width, value_width) not in UNEQUAL_WIDTHS:
         v = jnp.pad(v, ((0, 0),) * 3 + ((0, width - value_width),))
     mask_type = cudnn.MaskType.CAUSAL if causal else cudnn.MaskType.NO_MASK
@@ -42,10 +45,14 @@ def attention(
         seqlens = {"q_seqlen": jnp.full(q.shape[0], q.shape[1], jnp.int32), "kv_seqlen": lengths.astype(jnp.int32)}
     mask = None if keep is None else keep[:, None]
     out = cudnn.dot_product_attention(q, k, v, mask=mask, scale=float(scale), mask_type=mask_type, **seqlens)
-    return out[..., :value_width]
+    return out[:, :queries, :, :value_width]
 
 
-def _check(q, k, v, keep) -> None:
+def _even(x: Array) -> Array:
+    return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+
+
+def _check(q, k, v, causal, keep, lengths) -> None:
     try:
         cudnn.check_cudnn_version()
     except RuntimeError as error:
@@ -57,9 +64,7 @@ def _check(q, k, v, keep) -> None:
             f"cuDNN's attention takes keys of multiples of 8 up to {WIDEST} and values as wide at most, not "
             f"{q.shape[-1]} and {v.shape[-1]}"
         )
-    if keep is None:
-        return
-    if q.shape[1] % 2 or k.shape[1] % 2:
-        raise NotImplementedError(f"cuDNN's attention takes a mask for even lengths, not {q.shape[1]} x {k.shape[1]}")
-    if 2 * keep.size > MASK_BYTES:
+    if not causal and keep is None and lengths is None and k.shape[1] % 2:
+        raise NotImplementedError(f"cuDNN's attention takes an even number of keys, not {k.shape[1]}")
+    if keep is not None and 2 * keep.size > MASK_BYTES:
         raise NotImplementedError(f"a mask of {keep.shape} would take {2 * keep.size >> 20} MiB")

@@ -6,6 +6,8 @@ token is the same, and how long greedy continuations are. Each stands beside wha
 XLA: the kernels may not be worse than bfloat16 is. Says which implementation served each op.
 """
 
+import concurrent.futures
+import contextlib
 import functools
 import itertools
 from pathlib import Path
@@ -71,17 +73,18 @@ def trained(path, variable) -> bool:
     return type(variable) is nnx.Param and variable.dtype in (jnp.float32, jnp.bfloat16) and "mtp" not in path
 
 
-def outputs(folder: Path, dtype: str | None, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    model = dsparse.from_pretrained(folder, dtype=dtype)
-    graphdef, state = nnx.split(model)
-    logits = whole_pass(graphdef, state, tokens)
-    cached = cached_passes(graphdef, state, tokens)
-    prompts = tokens.reshape(-1)[: PROMPTS * PROMPT].reshape(PROMPTS, PROMPT)
-    text = dsparse.generate(model, prompts, max_new_tokens=NEW, stop_tokens=())
-    slope = gradient(*nnx.split(model, trained, ...), tokens)
-    return {key: np.asarray(x) for key, x in (("logits", logits), ("cached", cached), ("slope", slope))} | {
-        "text": text
-    }
+def outputs(folder: Path, dtype: str | None, tokens: np.ndarray, implementation: str | None) -> dict[str, np.ndarray]:
+    chosen = dispatch.prefer(implementation) if implementation else contextlib.nullcontext()
+    with chosen, jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+        model = dsparse.from_pretrained(folder, dtype=dtype)
+        graphdef, state = nnx.split(model)
+        prompts = tokens.reshape(-1)[: PROMPTS * PROMPT].reshape(PROMPTS, PROMPT)
+        return {
+            "logits": np.asarray(whole_pass(graphdef, state, tokens)),
+            "cached": np.asarray(cached_passes(graphdef, state, tokens)),
+            "slope": np.asarray(gradient(*nnx.split(model, trained, ...), tokens)),
+            "text": dsparse.generate(model, prompts, max_new_tokens=NEW, stop_tokens=()),
+        }
 
 
 def same_tokens(text: np.ndarray, expected: np.ndarray) -> list[int]:
@@ -91,12 +94,11 @@ def same_tokens(text: np.ndarray, expected: np.ndarray) -> list[int]:
 
 def check(folder: Path, data: Path | None, records: measure.Records) -> bool:
     tokens = sample(folder, data)
-    with dispatch.prefer("xla"), jax.default_matmul_precision("highest"):
-        expected = outputs(folder, "float32", tokens)
-    with dispatch.prefer("xla"):
-        plain = outputs(folder, "bfloat16", tokens)
     dispatch.served.clear()
-    ours = outputs(folder, None, tokens)
+    variants = (("float32", "xla"), ("bfloat16", "xla"), (None, None))
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # most of the time goes into compiling
+        runs = [pool.submit(outputs, folder, dtype, tokens, name) for dtype, name in variants]
+        expected, plain, ours = (run.result() for run in runs)
     served = "; ".join(f"{op} {name}" + (f" ({why})" if why else "") for (op, name), why in dispatch.served.items())
     expected["cached"] = expected["logits"][:, : PIECES[-1]]
     passed, figures = True, {}
