@@ -10,7 +10,9 @@ import concurrent.futures
 import contextlib
 import functools
 import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,18 +75,28 @@ def trained(path, variable) -> bool:
     return type(variable) is nnx.Param and variable.dtype in (jnp.float32, jnp.bfloat16) and "mtp" not in path
 
 
-def outputs(folder: Path, dtype: str | None, tokens: np.ndarray, implementation: str | None) -> dict[str, np.ndarray]:
-    chosen = dispatch.prefer(implementation) if implementation else contextlib.nullcontext()
-    with chosen, jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
-        model = dsparse.from_pretrained(folder, dtype=dtype)
-        graphdef, state = nnx.split(model)
-        prompts = tokens.reshape(-1)[: PROMPTS * PROMPT].reshape(PROMPTS, PROMPT)
-        return {
-            "logits": np.asarray(whole_pass(graphdef, state, tokens)),
-            "cached": np.asarray(cached_passes(graphdef, state, tokens)),
-            "slope": np.asarray(gradient(*nnx.split(model, trained, ...), tokens)),
-            "text": dsparse.generate(model, prompts, max_new_tokens=NEW, stop_tokens=()),
-        }
+class Variant(NamedTuple):
+    """A model of the checkpoint, computed as asked."""
+
+    dtype: str | None
+    implementation: str | None
+
+
+FLOAT32, PLAIN, KERNELS = Variant("float32", "xla"), Variant("bfloat16", "xla"), Variant(None, None)
+
+
+def of_each(
+    variants: Sequence[Variant], compute: Callable[[dsparse.Model], jax.Array], folder: Path
+) -> list[np.ndarray]:
+    """compute(model) for each variant, side by side: most of the time goes into compiling."""
+
+    def one(variant: Variant) -> np.ndarray:
+        chosen = dispatch.prefer(variant.implementation) if variant.implementation else contextlib.nullcontext()
+        with chosen, jax.default_matmul_precision("highest" if variant.dtype == "float32" else "default"):
+            return np.asarray(compute(dsparse.from_pretrained(folder, dtype=variant.dtype)))
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return list(pool.map(one, variants))
 
 
 def same_tokens(text: np.ndarray, expected: np.ndarray) -> list[int]:
@@ -93,27 +105,34 @@ def same_tokens(text: np.ndarray, expected: np.ndarray) -> list[int]:
 
 
 def check(folder: Path, data: Path | None, records: measure.Records) -> bool:
-    tokens = sample(folder, data)
+    tokens, passed = sample(folder, data), []
     dispatch.served.clear()
-    variants = (("float32", "xla"), ("bfloat16", "xla"), (None, None))
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # most of the time goes into compiling
-        runs = [pool.submit(outputs, folder, dtype, tokens, name) for dtype, name in variants]
-        expected, plain, ours = (run.result() for run in runs)
-    served = "; ".join(f"{op} {name}" + (f" ({why})" if why else "") for (op, name), why in dispatch.served.items())
-    expected["cached"] = expected["logits"][:, : PIECES[-1]]
-    passed, figures = True, {}
-    for name in ("logits", "cached", "slope"):
-        if ours[name].shape != expected[name].shape:
-            continue  # weights in 8 bits have no gradient
-        errors = [measure.relative_error(x[name], expected[name]) for x in (ours, plain)]
-        figures[f"{name}_error"], figures[f"{name}_error_xla"] = errors
-        passed &= errors[0] < AS_NEAR * errors[1]
-    for name, x in (("", ours), ("_xla", plain)):
-        figures[f"best_token{name}"] = float((x["logits"].argmax(-1) == expected["logits"].argmax(-1)).mean())
-        figures[f"same_tokens_of_{NEW}{name}"] = str(same_tokens(x["text"], expected["text"]))
-    figures["same_tokens_as_xla"] = str(same_tokens(ours["text"], plain["text"]))
-    records.add(folder.name, passed=bool(passed), **figures, served=served)
-    return bool(passed)
+    variants = (FLOAT32, PLAIN, KERNELS)
+
+    def compare(case: str, expected: np.ndarray, plain: np.ndarray, ours: np.ndarray, **figures) -> None:
+        error, error_xla = (measure.relative_error(x, expected) for x in (ours, plain))
+        passed.append(error < AS_NEAR * error_xla)
+        records.add(f"{folder.name}: {case}", passed=passed[-1], error=error, error_xla=error_xla, **figures)
+
+    expected, plain, ours = of_each(variants, lambda model: whole_pass(*nnx.split(model), tokens), folder)
+    best = expected.argmax(-1)
+    agreeing = {name: float((x.argmax(-1) == best).mean()) for name, x in (("", ours), ("_xla", plain))}
+    compare("logits", expected, plain, ours, **{f"best_token{name}": share for name, share in agreeing.items()})
+    (cached,) = of_each((KERNELS,), lambda model: cached_passes(*nnx.split(model), tokens), folder)
+    compare("logits through the cache", *(x[:, : PIECES[-1]] for x in (expected, plain)), cached)
+
+    prompts = tokens.reshape(-1)[: PROMPTS * PROMPT].reshape(PROMPTS, PROMPT)
+    expected, plain, ours = of_each(
+        variants, lambda model: dsparse.generate(model, prompts, max_new_tokens=NEW, stop_tokens=()), folder
+    )
+    same = {"same": (ours, expected), "same_xla": (plain, expected), "same_as_xla": (ours, plain)}
+    records.add(f"{folder.name}: greedy text", of=NEW, **{name: str(same_tokens(*pair)) for name, pair in same.items()})
+    slopes = of_each(variants, lambda model: gradient(*nnx.split(model, trained, ...), tokens), folder)
+    if len({slope.shape for slope in slopes}) == 1:  # weights that are stored in 8 bits have no gradient
+        compare("gradient", *slopes)
+    served = [f"{op} {name}" + (f" ({why})" if why else "") for (op, name), why in dispatch.served.items()]
+    records.add(f"{folder.name}: served by", served="; ".join(served))
+    return all(passed)
 
 
 def main() -> None:
