@@ -7,6 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
+import transformers
 from flax import nnx
 from support import trained_checkpoint
 
@@ -29,19 +31,30 @@ def assert_same_tensors(a, b):
         assert a[name].tobytes() == b[name].tobytes(), name
 
 
-def small_model():
-    """Wide enough for ragged 128x128 blocks, with a multi-token prediction layer."""
-    config = dsparse.ModelConfig.tiny(
-        "deepseek_v4", hidden_size=192, num_hidden_layers=3, num_nextn_predict_layers=1, vocab_size=64,
-        layer_types=["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
-        mlp_layer_types=["hash_moe", "moe", "moe"], moe_intermediate_size=64, q_lora_rank=136, n_routed_experts=4,
-    )  # fmt: skip
+SMALL = {
+    "num_hidden_layers": 3, "num_nextn_predict_layers": 1, "vocab_size": 64, "n_routed_experts": 4,
+    "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+    "mlp_layer_types": ["hash_moe", "moe", "moe"],
+}  # fmt: skip
+RAGGED = {"hidden_size": 192, "moe_intermediate_size": 64, "q_lora_rank": 136}  # of 128x128 blocks
+WHOLE = {"hidden_size": 128, "moe_intermediate_size": 128, "q_lora_rank": 128, "o_lora_rank": 64}
+QUANTIZATION = {
+    "quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "scale_fmt": "ue8m0",
+    "weight_block_size": [128, 128],
+}  # fmt: skip
+
+
+def small_model(**options):
+    """With a multi-token prediction layer."""
+    config = dsparse.ModelConfig.tiny("deepseek_v4", **(SMALL | RAGGED | options))
     return dsparse.Model(config, rngs=nnx.Rngs(0))
 
 
-def quantized_checkpoint(folder):
+def quantized_checkpoint(folder, **options):
     """DeepSeek's published form of a small model, and the float32 tensors its quantized ones stand for."""
-    dsparse.save_pretrained(small_model(), folder, names="published")
+    dsparse.save_pretrained(small_model(**options), folder, names="published")
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": QUANTIZATION}))
     plain, stored, meant = tensors(folder), {}, {}
     for name, value in plain.items():
         if ".experts." in name:
@@ -123,3 +136,23 @@ def test_both_layouts_hold_the_same_model(tmp_path, names):
     prefix = {"transformers": "model.layers.1.attn.wq_a.weight", "published": "layers.1.attn.wq_a.weight"}[names]
     assert prefix in written and "mtp.0.hc_head_fn" in written and "head.weight" in written
     jax.tree.map(np.testing.assert_array_equal, nnx.state(dsparse.from_pretrained(tmp_path / "out")), nnx.state(model))
+
+
+@pytest.mark.parametrize("names", ["transformers", "published"])
+def test_transformers_reads_the_quantized_export(tmp_path, monkeypatch, names):
+    """FP8 and packed FP4, both layouts: transformers dequantizes them on a CPU; no tensor is missing or left over."""
+    from transformers.quantizers import quantizer_finegrained_fp8
+
+    # asked for to place weights on several devices, which a CPU does not need
+    monkeypatch.setattr(quantizer_finegrained_fp8, "is_accelerate_available", lambda *_: True)
+    quantized_checkpoint(tmp_path / "published", **WHOLE, initializer_range=0.2, expert_dtype="fp4")
+    model = dsparse.from_pretrained(tmp_path / "published")
+    dsparse.save_pretrained(model, tmp_path / "out", names=names)
+    reference, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    tokens = np.arange(60, dtype=np.int32)[None]
+    with torch.no_grad():
+        expected = reference.eval()(torch.tensor(tokens).long()).logits.numpy()
+    np.testing.assert_allclose(model(tokens), expected, atol=1e-4)
