@@ -28,6 +28,8 @@ _PLAIN = {
     "ffn.gate.weight": "mlp.gate.weight",
     "ffn.gate.bias": "mlp.gate.e_score_correction_bias",
     "ffn.gate.tid2eid": "mlp.gate.tid2eid",
+    "ffn.shared_experts.{w1|w3}.bias": "mlp.shared_experts.gate_up_bias",
+    "ffn.shared_experts.w2.bias": "mlp.shared_experts.down_proj.bias",
     "enorm.weight": "enorm.weight",
     "hnorm.weight": "hnorm.weight",
     "norm.weight": "shared_head.norm.weight",  # of a multi-token prediction layer

@@ -146,13 +146,16 @@ def compressed_attention_fields(values: Mapping[str, Any], source: Mapping[str, 
         ]
     hashed = values["num_hash_layers"]
     mlp = values.get("mlp_layer_types") or ["hash_moe" if i < hashed else "moe" for i in range(depth)]
-    if source.get("partial_rotary_factor") is None and source.get("qk_rope_head_dim"):
+    ropes = _two_ropes(values)
+    factor = ropes["rope_parameters"].get("partial_rotary_factor") or source.get("partial_rotary_factor")
+    if factor is None and source.get("qk_rope_head_dim"):
         rotary = source["qk_rope_head_dim"]
     else:
-        rotary = int(head_dim * values["partial_rotary_factor"])
+        rotary = int(head_dim * (factor or values["partial_rotary_factor"]))
     return {
+        "norm_topk_prob": True,  # transformers and DeepSeek's own code ignore what the config says
         "compress_rates": rates, "layer_types": list(kinds)[:depth], "mlp_layer_types": list(mlp)[:depth],
-        "qk_rope_head_dim": rotary, **_two_ropes(values),
+        "qk_rope_head_dim": rotary, **ropes,
     }  # fmt: skip
 
 

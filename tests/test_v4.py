@@ -29,12 +29,21 @@ VARIATIONS = {
         "compress_rates": {"compressed_sparse_attention": 3, "heavily_compressed_attention": 7},
         "index_topk": 2,
     },
-    "sigmoid router": {"scoring_func": "sigmoid", "routed_scaling_factor": 1.0, "num_experts_per_tok": 3},
+    "sigmoid router, always normalized": {
+        "scoring_func": "sigmoid",
+        "routed_scaling_factor": 1.0,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": False,
+    },
+    "half a head rotated": {"partial_rotary_factor": 0.5, "qk_rope_head_dim": 16, "rope_parameters": None},
     "whole head rotated": {
-        "partial_rotary_factor": 0.5,
-        "qk_rope_head_dim": 16,
-        "index_head_dim": 16,
-        "rope_parameters": None,
+        "partial_rotary_factor": None,
+        "qk_rope_head_dim": None,
+        "index_head_dim": 32,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 1.0}
+            for kind, theta in (("main", 300.0), ("compress", 5000.0))
+        },
     },
     "window of one": {"sliding_window": 1, "o_groups": 4},
     "top-k beyond the entries": {"index_topk": 64},

@@ -130,10 +130,11 @@ def test_quantized_checkpoint_keeps_its_bits_and_computes_what_they_mean(tmp_pat
 
 @pytest.mark.parametrize("names", ["transformers", "published"])
 def test_both_layouts_hold_the_same_model(tmp_path, names):
-    model = small_model()
+    model = small_model(mlp_bias=True)
     dsparse.save_pretrained(model, tmp_path / "out", names=names)
     written = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
     prefix = {"transformers": "model.layers.1.attn.wq_a.weight", "published": "layers.1.attn.wq_a.weight"}[names]
+    assert prefix.replace("attn.wq_a.weight", "ffn.shared_experts.w1.bias") in written
     assert prefix in written and "mtp.0.hc_head_fn" in written and "head.weight" in written
     jax.tree.map(np.testing.assert_array_equal, nnx.state(dsparse.from_pretrained(tmp_path / "out")), nnx.state(model))
 
