@@ -10,21 +10,27 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsparse import dispatch
 from dsparse.errors import DsparseError, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("absl", "jax", "orbax", "dsparse.ops"):
+    for noisy in ("absl", "jax", "orbax"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     argv = list(sys.argv[1:] if argv is None else argv)
+    # A run of hours says at once what serves it; elsewhere it would stand in the middle of the text.
+    logging.getLogger("dsparse.ops").setLevel(logging.INFO if argv[:1] == ["train"] else logging.WARNING)
     if argv[:1] == ["train"]:  # has a parser of its own, one option for each field of its config
         from dsparse.training import main as train
 
         return train(argv[1:]) or 0
     arguments = build_parser().parse_args(argv)
     try:
-        return arguments.run(arguments) or 0
+        status = arguments.run(arguments) or 0
+        if dispatch.served:
+            print(f"served by: {dispatch.summary()}", file=sys.stderr)
+        return status
     except (DsparseError, OSError) as error:
         print(f"dsparse {arguments.command}: {one_line(error)}", file=sys.stderr)
         return 1

@@ -58,6 +58,13 @@ def call(op: str, implementation: str | None, choices: dict[str, Callable], *arg
     raise AssertionError("unreachable")
 
 
+def summary() -> str:
+    """Which implementation served each op so far, in one line; of reasons why not a better one, each once."""
+    reasons = dict.fromkeys(reason for reason in served.values() if reason)
+    ops = ", ".join(f"{op} {name}" for op, name in served)
+    return f"{ops} ({'; '.join(reasons)})" if reasons else ops
+
+
 def kernel(module: str, name: str) -> Callable:
     """A function of `dsparse.kernels`, imported when it is called; refuses where there is no GPU."""
 

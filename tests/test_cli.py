@@ -3,11 +3,13 @@
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 from support import DEMO, sample_text_tokens
 
 import dsparse
+from dsparse import dispatch
 from dsparse.cli import main
 from dsparse.evaluate import evaluate, windows
 
@@ -28,6 +30,16 @@ def test_generate_prints_the_continuation(capsys):
     )
     result = json.loads(as_json)
     assert status == 0 and len(result["tokens"]) == 8 and out.strip() == "The king of" + result["text"].rstrip()
+
+
+def test_generate_says_once_which_implementations_serve(capsys, monkeypatch):
+    monkeypatch.setattr(dispatch, "served", {})
+    jax.clear_caches()  # the choice is made while a program is traced
+    status, _, err = run(capsys, "generate", DEMO, "--prompt", "The king of", "--max-new-tokens", 3)
+    (line,) = (line for line in err.splitlines() if line.startswith("served by: "))
+    assert status == 0
+    assert "causal_attention xla, expert_mlp xla, latent_attention xla" in line
+    assert line.endswith("(cudnn: needs a GPU, found cpu; mosaic_gpu: needs a GPU, found cpu)")
 
 
 def test_eval_equals_the_mean_loss_of_the_windows(capsys, tmp_path):
