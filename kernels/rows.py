@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf, vector
+from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
 
 from . import mosaic
 
@@ -309,6 +310,39 @@ def _elements(register: ir.Value) -> list[ir.Value]:
     if isinstance(register.type, ir.VectorType):
         return [vector.extract(register, [], [k]) for k in range(ir.VectorType(register.type).shape[0])]
     return [register]
+
+
+def scale_unless_one(values: jax.Array, factors: jax.Array) -> jax.Array:
+    """values * factors[:, None], in the layout of a wgmma accumulator; warps whose factors are all 1 skip it."""
+    layout = plgpu.Layout.WGMMA
+    result = plgpu.ShapeDtypeStruct(values.shape, values.dtype, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(layout, layout.reduce(1)), return_type=result)
+    def run(ctx, values, factors):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        one = arith.constant(f32, ir.FloatAttr.get(f32, 1.0))
+        factors = [_elements(register)[0] for register in factors.registers.flat]
+        changed = [arith.cmpf(arith.CmpFPredicate.UNE, factor, one) for factor in factors]
+        any_changed = nvvm.vote_sync(_i32(-1), arith.ori(*changed), nvvm.VoteSyncKind.any)
+        registers = list(values.registers.flat)
+        branch = scf.IfOp(any_changed, [register.type for register in registers], has_else=True)
+        with ir.InsertionPoint(branch.then_block):
+            # An accumulator's registers: for each 8 columns, a pair of columns of row r and one of row r + 8.
+            scf.yield_(
+                [
+                    arith.mulf(register, vector.broadcast(register.type, factors[number % 2]))
+                    for number, register in enumerate(registers)
+                ]
+            )
+        with ir.InsertionPoint(branch.else_block):
+            scf.yield_(registers)
+        scaled = np.empty(len(registers), object)
+        scaled[:] = list(branch.results)
+        return mgpu.FragmentedArray(
+            _registers=scaled.reshape(values.registers.shape), _layout=values.layout, _is_signed=None
+        )
+
+    return run(values, factors)
 
 
 def store(values: jax.Array, target) -> None:

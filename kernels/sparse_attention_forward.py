@@ -24,6 +24,7 @@ LOG2_E = math.log2(math.e)
 _MINUS_INF = -1e30  # a maximum over nothing: finite, so that differences stay numbers
 
 _LEFT0, _RIGHT0, _LEFT1, _RIGHT1 = range(4)  # the parts, in the order in which they are freed
+SLACK = 8.0  # how far scores may exceed the maximum in use before sums are rescaled to a new one
 TOLD = 2  # vectors that the computing warpgroups tell each other: how the maximum moved, and the maximum
 
 
@@ -85,6 +86,7 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
             barriers,
             q_ready,
             start,
+            scored,
             p_ready,
             sums_ready,
             full,
@@ -103,22 +105,23 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
             # The head blocks of a query follow each other, and so share its rows in the cache.
             return lax.div(item, head_blocks), pl.ds(lax.rem(item, head_blocks) * HEADS, HEADS)
 
-        def for_items(body):
-            """body(item, its steps, steps before it) for each of this block's items."""
+        def for_items(body, state=None):
+            """state = body(item, its steps, steps before it, state) for each of this block's items."""
 
             def one(n, carry):
-                done, num_steps = carry
+                done, num_steps, state = carry
                 item = first + n * blocks
                 # Read ahead: the next item's first step must not wait for memory.
                 following = steps_g[lax.div(jnp.minimum(item + blocks, items - 1), head_blocks)]
-                body(item, num_steps, done)
-                return done + num_steps, following
+                return done + num_steps, following, body(item, num_steps, done, state)
 
             count = lax.div(items - first + blocks - 1, blocks)
-            lax.fori_loop(0, count, one, (jnp.int32(0), steps_g[lax.div(first, head_blocks)]))
+            lax.fori_loop(0, count, one, (jnp.int32(0), steps_g[lax.div(first, head_blocks)], state))
 
         def load_q(item):
+            """Called by one warpgroup, when both are done with the queries there."""
             row, heads = where(item)
+            plgpu.commit_smem()
             for half in (0, 1):
                 plgpu.copy_gmem_to_smem(q_g.at[row, heads, pl.ds(half * HALF, HALF)], q_s.at[half], q_ready)
             if has_tail:
@@ -135,11 +138,16 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
         def free(part):
             plgpu.barrier_arrive(freed.at[part]) if interpret else rows.free(barriers, parts, part)
 
-        def scores(slot, step):
+        def scores(slot, step, products_before=None):
+            """Of a slot's tile. Frees part `products_before` once the products issued earlier have read it."""
+
             def products(s):
                 wait_full(2 * slot, step)
                 zero = 0 if interpret else rows.opaque_zero()
                 plgpu.wgmma(s, q_s.at[zero], tile_s.at[zero + slot, :, pl.ds(0, HALF)].T)
+                if products_before is not None:
+                    plgpu.wgmma_wait(1)
+                    free(products_before)
                 wait_full(2 * slot + 1, step)
                 plgpu.wgmma(s, q_s.at[zero + 1], tile_s.at[zero + slot, :, pl.ds(HALF, HALF)].T)
                 if has_tail:
@@ -148,6 +156,12 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
 
             s = pl.run_scoped(products, plgpu.ACC((HEADS, rows.ROWS), jnp.float32))
             return s * (scale * LOG2_E) + spread(vector(bias_s.at[slot], 0), s, 1)
+
+        def soften(s, m):
+            """Probabilities of a tile's scores in units of 2 ** maximum, how that unit changed, and the maximum."""
+            top = s.max(axis=1)
+            top = jnp.where(top > m + SLACK, top, m)
+            return jnp.exp2(s - spread(top, s, 0)), jnp.exp2(m - top), top
 
         def tell(probabilities, slot, *vectors):
             """Hands a tile's probabilities, and vectors over heads, to the other warpgroup."""
@@ -161,16 +175,17 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
             plgpu.barrier_wait(p_ready.at[slot])
             return [vector(told_s.at[TOLD * slot + number], 1) for number in range(TOLD)]
 
-        def total_of_both(total, slot):
+        def tell_total(total, slot):
             sums_s[slot] = total
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(sums_ready)
-            plgpu.barrier_wait(sums_ready)
-            return total + vector(sums_s.at[1 - slot], 1)
+            plgpu.barrier_arrive(sums_ready.at[slot])
+
+        def total_of(slot):
+            plgpu.barrier_wait(sums_ready.at[slot])
+            return vector(sums_s.at[slot], 1)
 
         def rescale(out, alpha):
             value = out[...]
-            out[...] = value * spread(alpha, value, 0)
+            out[...] = value * spread(alpha, value, 0) if interpret else rows.scale_unless_one(value, alpha)
 
         def add_product(out, a, b):
             if interpret:
@@ -210,67 +225,75 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
         @pl.when(wg == 0)
         def left():
             plgpu.set_max_registers(registers[0], action="increase")
-            load_q(first)
+            plgpu.barrier_wait(q_ready)
 
-            def attend(item, num_steps, done):
+            def attend(item, num_steps, done, s):
                 sink = sinks_of(item)
-                if not interpret:
-                    pl.when(item + blocks < items)(lambda: prefetch_q(item + blocks))
-                plgpu.barrier_wait(q_ready)
+                more = item + blocks < items
 
                 def run(out):
                     def step(i, carry):
-                        m, total = carry
-                        s = scores(0, done + i)
-                        top = jnp.maximum(m, s.max(axis=1))
-                        alpha = jnp.exp2(m - top)
-                        p = jnp.exp2(s - spread(top, s, 0))
+                        s, m, total = carry
+                        last = i == num_steps - 1
+                        p, alpha, top = soften(s, m)
                         p16 = p.astype(q.dtype)
                         tell(p16, 0, alpha, top)
-                        total = total * alpha + p.sum(axis=1)
                         rescale(out, alpha)
                         add_product(out, tail_s.at[0] if interpret else p16, values(0, 0))
+                        total = total * alpha + p.sum(axis=1)
                         plgpu.wgmma_wait(0)
                         free(_LEFT0)
                         alpha, m = listen(1)
-                        # Both have scored the item's last tiles: its queries may make room for the next item's.
-                        last = (i == num_steps - 1) & (item + blocks < items)
-                        pl.when(last)(lambda: load_q(item + blocks))
+                        total = total * alpha
+                        pl.when(last)(lambda: tell_total(total, 0))
                         rescale(out, alpha)
                         add_product(out, tail_s.at[1], values(1, 0))
-                        plgpu.wgmma_wait(0)
-                        free(_LEFT1)
-                        return m, total * alpha
+                        pl.when(last & more)(lambda: plgpu.barrier_wait(q_ready))
+                        # Behind the block's last step are no more tiles: what is there is scored again, for nothing.
+                        s = scores(0, done + i + jnp.where(last & ~more, 0, 1), _LEFT1)
+                        plgpu.barrier_arrive(scored)
+                        return s, m, total
 
-                    m, total = lax.fori_loop(0, num_steps, step, (filled(_MINUS_INF), filled(0.0)))
-                    return out[...], m, total_of_both(total, 0)
+                    s_, m, total = lax.fori_loop(0, num_steps, step, (s, filled(_MINUS_INF), filled(0.0)))
+                    return s_, out[...], m, total + total_of(1)
 
-                store(item, *accumulate(run, 0), sink, 0)
+                s, *sums_of_item = accumulate(run, 0)
+                store(item, *sums_of_item, sink, 0)
+                return s
 
-            for_items(attend)
+            s = scores(0, jnp.int32(0))
+            plgpu.barrier_arrive(scored)
+            for_items(attend, s)
 
         @pl.when(wg == 1)
         def right():
             plgpu.set_max_registers(registers[1], action="increase")
+            load_q(first)
 
-            def attend(item, num_steps, done):
+            def attend(item, num_steps, done, _):
                 sink = sinks_of(item)
+                more = item + blocks < items
+                if not interpret:
+                    pl.when(more)(lambda: prefetch_q(item + blocks))
                 plgpu.barrier_wait(q_ready)
 
                 def run(out):
                     def step(i, carry):
                         _, total = carry
+                        last = i == num_steps - 1
+                        # The left warpgroup's scores come first: while these are computed, it takes exponentials.
+                        plgpu.barrier_wait(scored)
                         s = scores(1, done + i)
-                        top = s.max(axis=1)
                         alpha0, m = listen(0)
+                        # Both have scored the item's last tiles: its queries make room for the next item's.
+                        pl.when(last & more)(lambda: load_q(item + blocks))
                         rescale(out, alpha0)
                         add_product(out, tail_s.at[0], values(0, 1))
-                        top = jnp.maximum(m, top)
-                        alpha = jnp.exp2(m - top)
-                        p = jnp.exp2(s - spread(top, s, 0))
+                        p, alpha, top = soften(s, m)
                         p16 = p.astype(q.dtype)
                         tell(p16, 1, alpha, top)
                         total = total * (alpha0 * alpha) + p.sum(axis=1)
+                        pl.when(last)(lambda: tell_total(total, 1))
                         plgpu.wgmma_wait(0)
                         free(_RIGHT0)
                         rescale(out, alpha)
@@ -280,7 +303,7 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
                         return top, total
 
                     m, total = lax.fori_loop(0, num_steps, step, (filled(_MINUS_INF), filled(0.0)))
-                    return out[...], m, total_of_both(total, 1)
+                    return out[...], m, total + total_of(0)
 
                 store(item, *accumulate(run, 1), sink, 1)
 
@@ -305,7 +328,7 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
                 )
                 return
 
-            def attend(item, num_steps, done):
+            def attend(item, num_steps, done, _):
                 row, _ = where(item)
                 gather_interpreted(kv_g.at[lax.div(row, queries)], indices_g.at[row], num_steps, done)
 
@@ -337,6 +360,9 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
                 lax.fori_loop(0, num_steps, step, ())
 
             for_items(attend)
+            for number in (_LEFT0, _RIGHT0):  # Scored once more, see `left`.
+                plgpu.barrier_wait(freed.at[number])
+                plgpu.barrier_arrive(full.at[number])
 
     def tiles(*shape):
         return plgpu.SMEM(shape, q.dtype, transforms=mosaic.swizzled(q.dtype))
@@ -358,8 +384,9 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
             rows.barrier_scratch(parts),
             plgpu.Barrier(num_arrivals=3 if has_tail else 2),
             plgpu.Barrier(num_arrivals=3),
+            plgpu.Barrier(),
             plgpu.Barrier(num_barriers=2),
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_barriers=2),
             plgpu.Barrier(num_barriers=4),
             plgpu.Barrier(num_barriers=4),
             # An accumulator cannot be stored to in interpret mode: shared memory stands in for it.
@@ -370,5 +397,7 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
         num_threads=3,
         thread_name="wg",
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=1024
+        ),
     )(q, kv, indices, steps, sinks)
