@@ -1,8 +1,8 @@
 """Grouped matmul of 8-bit rows and weights on Hopper: e4m3 scaled by blocks, or int8 scaled by row and channel.
 
 As in `grouped_matmul.py`, weights are wgmma's left operand and a group's rows its right one, so the tile is the
-output's transpose. e4m3 products of 128 elements are scaled and added in float32 registers (the tensor cores keep fewer
-bits); a tile's rows go in a few parts, so that one part's products fit in registers beside the sums of all.
+output's transpose; warpgroups share its rows. e4m3 products of 128 elements are scaled and added in float32 registers
+(the tensor cores keep fewer bits), 64 columns at a time, so that they fit in registers beside the sums of all.
 """
 
 import dataclasses
@@ -20,21 +20,21 @@ from dsparse.kernels.grouped_matmul import ROW_ALIGNMENT, SM_COUNT, _padded, _st
 TILE_K = 128  # one swizzle row, and the block that shares a scale
 COLUMNS = 128
 E4M3_MAX = 448.0
+WGMMA_COLUMNS = 64  # of the left operand of one instruction
 STAGED_ROWS = 32  # rows of the output that pass through shared memory at once
 STAGES = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How warpgroups share a tile, and the sizes that are compiled."""
+    """How many warpgroups share a tile's rows, and the sizes that are compiled."""
 
     warpgroups: int  # that multiply
-    split_rows: bool  # each takes its share of the rows, or of the columns
     widths: tuple[int, ...]  # rows a tile may be multiplied with; the last is the most rows of a tile
     boxes: tuple[int, ...]  # rows a load may take; the last is the most rows of a tile
     scale_boxes: tuple[tuple[int, int], ...]  # (first, rows) of the loads of row scales: at most 256, 128-byte aligned
-    part_rows: int  # e4m3: rows whose products are in registers at once
     registers: int
+    cluster: int  # blocks with neighbouring columns that share the rows they load
 
     @property
     def rows(self) -> int:
@@ -43,21 +43,19 @@ class Tiling:
 
 FP8 = Tiling(
     warpgroups=2,
-    split_rows=False,
-    widths=(32, 64, 96, 128, 160, 192, 224, 256),
+    widths=(64, 128, 192, 256),
     boxes=(256,),
     scale_boxes=((0, 256),),
-    part_rows=64,
-    registers=232,
+    registers=240,
+    cluster=2,
 )
 INT8 = Tiling(
     warpgroups=3,
-    split_rows=True,
     widths=(48, 96, 144, 192, 240, 288),  # wgmma's integers take multiples of 16 rows
     boxes=(96, 192, 288),
     scale_boxes=((0, 160), (160, 128)),
-    part_rows=96,
     registers=160,
+    cluster=2,
 )
 
 
@@ -163,19 +161,21 @@ def _product(x, x_scale, weights, w_scale, group_sizes, tiling: Tiling, interpre
     groups, width, _ = weights.shape
     steps, column_tiles = depth // TILE_K, width // COLUMNS
     blockwise = x.dtype == jnp.float8_e4m3fn
-    wg_columns = COLUMNS if tiling.split_rows else COLUMNS // tiling.warpgroups
     layout = mosaic.swizzled(x.dtype)
     row_layout, column_layout = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
     tiles, count = row_tiles(group_sizes, rows, tiling.rows)
-    blocks = min(SM_COUNT, tiles.shape[0] * column_tiles)
+    cluster = 1 if column_tiles % tiling.cluster or interpret else tiling.cluster  # Interpret mode knows no clusters.
+    column_groups = column_tiles // cluster
+    blocks = min(SM_COUNT // cluster, tiles.shape[0] * column_groups)
 
     def kernel(tiles_g, count_g, x_g, xs_g, w_g, ws_g, o_g, x_s, xs_s, w_s, o_s, full, empty):
         sm, wg = lax.axis_index("sm"), lax.axis_index("wg")
-        trips = lax.div(count_g[0] * column_tiles - sm + blocks - 1, blocks)
+        trips = lax.div(count_g[0] * column_groups - sm + blocks - 1, blocks)
 
         def locate(i):
             index = sm + i * blocks
-            tile, column_tile = lax.div(index, column_tiles), lax.rem(index, column_tiles)
+            tile = lax.div(index, column_groups)
+            column_tile = lax.rem(index, column_groups) * cluster + lax.axis_index("cluster")
             return tile, column_tile, tiles_g[tile, 0], pl.multiple_of(tiles_g[tile, 1], ROW_ALIGNMENT)
 
         def load(i, step):
@@ -195,7 +195,12 @@ def _product(x, x_scale, weights, w_scale, group_sizes, tiling: Tiling, interpre
                     @pl.when((wanted_rows > fewer) & (wanted_rows <= size))
                     def _(size=size):
                         source = x_g.at[pl.ds(base, size), depth_slice]
-                        plgpu.copy_gmem_to_smem(source, x_s.at[slot, pl.ds(0, size)], full.at[slot])
+                        plgpu.copy_gmem_to_smem(
+                            source,
+                            x_s.at[slot, pl.ds(0, size)],
+                            full.at[slot],
+                            collective_axes="cluster" if cluster > 1 else None,
+                        )
 
                 for at, size in tiling.scale_boxes:
                     source = xs_g.at[k if blockwise else 0, pl.ds(base + at, size)]
@@ -226,41 +231,43 @@ def _product(x, x_scale, weights, w_scale, group_sizes, tiling: Tiling, interpre
             outside = group == groups
             wanted_rows = jnp.where(outside, 0, tiles_g[tile, 3] - base)
 
-            def blockwise_sums(parts):
-                """Sums of (first column, first row, rows) parts."""
+            def blockwise_sums(skipped, size):
+                """Of 64 columns each, and the `size` rows behind the first `skipped`."""
+                columns = range(0, COLUMNS, WGMMA_COLUMNS)
 
                 def body(k, carry):
                     sums, w_factor = carry
                     next_factor = ws_g[group, column_tile, jnp.minimum(k + 1, steps - 1)]
                     slot = lax.rem(step + k, STAGES)
                     plgpu.barrier_wait(full.at[slot])
-                    new = []
-                    for (column, skipped, size), total in zip(parts, sums, strict=True):
+                    new, scale = [], None
+                    for column, total in zip(columns, sums, strict=True):
 
-                        def product(acc, column=column, skipped=skipped, size=size):
-                            left = w_s.at[slot, pl.ds(column, 64)]
+                        def product(acc, column=column):
+                            left = w_s.at[slot, pl.ds(column, WGMMA_COLUMNS)]
                             plgpu.wgmma(acc, left, x_s.at[slot, pl.ds(skipped, size)].transpose((1, 0)))
                             return acc[...]
 
-                        value = pl.run_scoped(product, plgpu.ACC((64, size), jnp.float32))
-                        scale = plgpu.load(xs_s.at[slot, pl.ds(skipped, size)], layout=column_layout) * w_factor
+                        value = pl.run_scoped(product, plgpu.ACC((WGMMA_COLUMNS, size), jnp.float32))
+                        if scale is None:
+                            scale = plgpu.load(xs_s.at[slot, pl.ds(skipped, size)], layout=column_layout) * w_factor
                         new.append(total + value * lax.broadcast_in_dim(scale, value.shape, [1]))
                     plgpu.barrier_arrive(empty.at[slot])
                     return tuple(new), next_factor
 
-                zeros = tuple(
-                    plgpu.layout_cast(jnp.zeros((64, size), jnp.float32), plgpu.Layout.WGMMA) for *_, size in parts
-                )
-                sums, _ = lax.fori_loop(0, steps, body, (zeros, ws_g[group, column_tile, 0]))
-                return sums
+                zeros = plgpu.layout_cast(jnp.zeros((WGMMA_COLUMNS, size), jnp.float32), plgpu.Layout.WGMMA)
+                start = tuple(zeros for _ in columns), ws_g[group, column_tile, 0]
+                sums, _ = lax.fori_loop(0, steps, body, start)
+                return [(column, total) for column, total in zip(columns, sums, strict=True)]
 
-            def channel_sums(column, skipped, size):
+            def channel_sums(skipped, size):
+                """Of all columns, and the `size` rows behind the first `skipped`."""
+
                 def scoped(acc):
                     def body(k, _):
                         slot = lax.rem(step + k, STAGES)
                         plgpu.barrier_wait(full.at[slot])
-                        left = w_s.at[slot, pl.ds(column, wg_columns)]
-                        plgpu.wgmma(acc, left, x_s.at[slot, pl.ds(skipped, size)].transpose((1, 0)))
+                        plgpu.wgmma(acc, w_s.at[slot], x_s.at[slot, pl.ds(skipped, size)].transpose((1, 0)))
                         plgpu.wgmma_wait(1)
 
                         @pl.when(k > 0)
@@ -272,31 +279,22 @@ def _product(x, x_scale, weights, w_scale, group_sizes, tiling: Tiling, interpre
                     lax.fori_loop(0, steps, body, ())
                     return acc[...]
 
-                total = pl.run_scoped(scoped, plgpu.ACC((wg_columns, size), jnp.int32)).astype(jnp.float32)
+                total = pl.run_scoped(scoped, plgpu.ACC((COLUMNS, size), jnp.int32)).astype(jnp.float32)
                 slot = lax.rem(step + steps - 1, STAGES)
                 x_factor = plgpu.load(xs_s.at[slot, pl.ds(skipped, size)], layout=column_layout)
-                channels = ws_g.at[group, pl.ds(column_tile * COLUMNS + column, wg_columns)]
+                channels = ws_g.at[group, pl.ds(column_tile * COLUMNS, COLUMNS)]
                 w_factor = plgpu.load(channels, layout=row_layout, optimized=False)
                 plgpu.barrier_arrive(empty.at[slot])
                 total = total * lax.broadcast_in_dim(x_factor, total.shape, [1])
-                return total * lax.broadcast_in_dim(w_factor, total.shape, [0])
+                return [(0, total * lax.broadcast_in_dim(w_factor, total.shape, [0]))]
 
             for narrower, rows_of_tile in zip((0, *tiling.widths), tiling.widths, strict=False):
 
                 @pl.when((wanted_rows > narrower) & (wanted_rows <= rows_of_tile))
                 def _(rows_of_tile=rows_of_tile):
-                    size = rows_of_tile // tiling.warpgroups if tiling.split_rows else rows_of_tile
-                    column, first = (0, wg * size) if tiling.split_rows else (wg * wg_columns, 0)
-                    if blockwise:
-                        parts = [
-                            (column + c, first + r, min(tiling.part_rows, size - r))
-                            for c in range(0, wg_columns, 64)
-                            for r in range(0, size, tiling.part_rows)
-                        ]
-                        sums = blockwise_sums(parts)
-                    else:
-                        parts, sums = [(column, first, size)], [channel_sums(column, first, size)]
-                    for (column, skipped, _), total in zip(parts, sums, strict=True):
+                    size = rows_of_tile // tiling.warpgroups
+                    skipped = wg * size
+                    for column, total in (blockwise_sums if blockwise else channel_sums)(skipped, size):
                         store(total.astype(jnp.bfloat16), tile, column_tile * COLUMNS + column, skipped)
 
             @pl.when(outside)
@@ -310,7 +308,14 @@ def _product(x, x_scale, weights, w_scale, group_sizes, tiling: Tiling, interpre
         @pl.when(wg == tiling.warpgroups)
         def _():
             plgpu.set_max_registers(24, action="decrease")
-            lax.fori_loop(0, trips, load, jnp.int32(0))
+            steps_taken = lax.fori_loop(0, trips, load, jnp.int32(0))
+            if cluster > 1:
+                # The other block's last reads of what was shared: it still signals this block's barriers.
+                def drain(step, _):
+                    plgpu.barrier_wait(empty.at[lax.rem(step, STAGES)])
+                    return ()
+
+                lax.fori_loop(jnp.maximum(steps_taken - STAGES, 0), steps_taken, drain, ())
 
         @pl.when(wg < tiling.warpgroups)
         def _():
@@ -326,10 +331,16 @@ def _product(x, x_scale, weights, w_scale, group_sizes, tiling: Tiling, interpre
             plgpu.SMEM((STAGES, COLUMNS, TILE_K), x.dtype, transforms=layout),
             plgpu.SMEM((tiling.warpgroups, STAGED_ROWS, 64), jnp.bfloat16, transforms=mosaic.swizzled(jnp.bfloat16)),
             plgpu.Barrier(num_arrivals=2 + len(tiling.scale_boxes), num_barriers=STAGES),
-            plgpu.Barrier(num_arrivals=tiling.warpgroups, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=tiling.warpgroups, num_barriers=STAGES)
+            if cluster == 1
+            else plgpu.ClusterBarrier(
+                collective_axes=("cluster",), num_arrivals=tiling.warpgroups, num_barriers=STAGES
+            ),
         ],
         grid=(blocks,),
         grid_names=("sm",),
+        cluster=(cluster,),
+        cluster_names=("cluster",),
         num_threads=tiling.warpgroups + 1,
         thread_name="wg",
         interpret=mosaic.interpret_params() if interpret else None,

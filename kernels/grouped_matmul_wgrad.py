@@ -1,5 +1,7 @@
 """Weight gradient of a grouped matmul on Hopper: out[e] = dy[rows of e].T @ x[rows of e], zeros if there are none."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -14,11 +16,13 @@ SM_COUNT = 132
 TILE_ROWS = 64  # rows of a group multiplied at once
 ROW_ALIGNMENT = 8  # TMA addresses a tile by whole swizzle atoms of 8 rows
 TILE_F = 128
-STAGES = 3
+WG_F = TILE_F // 2  # of a multiplying warpgroup
+STAGES = 4
+STAGED = 2  # boxes of 64 columns that a warpgroup stores at once
 
 
 def _clear_rows(tile, low, high, width: int, interpret: bool) -> None:
-    """tile[r] = 0 for r < low and r >= high, of a swizzled tile [rows, 128] that is `width` columns wide in memory."""
+    """tile[r] = 0 for r < low and r >= high, of a swizzled tile [rows, columns] that is `width` wide in memory."""
     rows, columns = tile.shape
     if interpret:
         value = tile[...]
@@ -60,8 +64,9 @@ def grouped_wgrad(
     total = groups * tiles_f * tiles_d
     blocks = min(SM_COUNT, total)
     layout = mosaic.swizzled(x.dtype)
+    stores = [range(box, min(box + STAGED, tile_d // 64)) for box in range(0, tile_d // 64, STAGED)]
 
-    def kernel(ends_g, dy_g, x_g, o_g, dy_s, x_s, o_s, full, empty):
+    def kernel(ends_g, dy_g, x_g, o_g, dy_s, x_s, o_s, full, cleared, empty):
         sm, wg = lax.axis_index("sm"), lax.axis_index("wg")
         trips = lax.div(total - sm + blocks - 1, blocks)
 
@@ -98,56 +103,60 @@ def grouped_wgrad(
             lax.fori_loop(0, steps, fetch, ())
             return step + steps
 
-        def multiply(i, step):
-            group, wanted, (at_f, at_d), (start, first, end), steps = locate(i)
+        def free(step):
+            plgpu.barrier_arrive(empty.at[lax.rem(step, STAGES)])
+
+        def store(i, value, boxes):
+            """Of tile i, some of its boxes of 64 columns."""
+            group, wanted, (at_f, at_d), _, _ = locate(i)
+            row = pl.multiple_of(at_f + wg * WG_F, WG_F)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for stage, box in enumerate(boxes):
+                o_s[wg, stage] = value[:, 64 * box : 64 * (box + 1)]
+            plgpu.commit_smem()
+            for stage, box in enumerate(boxes):
+                column = pl.multiple_of(at_d + 64 * box, 64)
+
+                @pl.when((column >= wanted[1]) & (row >= wanted[0]))
+                def _(stage=stage, column=column):
+                    plgpu.copy_smem_to_gmem(o_s.at[wg, stage], o_g.at[group, pl.ds(row, WG_F), pl.ds(column, 64)])
+
+        def multiply(i, carry):
+            step, before = carry
+            _, _, _, (start, first, end), steps = locate(i)
 
             def product(acc):
                 def body(k, _):
                     slot = lax.rem(step + k, STAGES)
                     base = chunk(k, first)
                     low, high = jnp.maximum(start, first + k * TILE_ROWS) - base, end - base
-                    right = x_s.at[slot, :, pl.ds(wg * wg_d, wg_d)]
                     plgpu.barrier_wait(full.at[slot])
 
                     @pl.when((low > 0) | (high < TILE_ROWS))
                     def _():
-                        _clear_rows(right, low, high, tile_d, interpret)
+                        _clear_rows(x_s.at[slot, :, pl.ds(wg * wg_d, wg_d)], low, high, tile_d, interpret)
                         plgpu.commit_smem()
+                        plgpu.barrier_arrive(cleared)
+                        plgpu.barrier_wait(cleared)
 
-                    plgpu.wgmma(acc, dy_s.at[slot].transpose((1, 0)), right)
+                    left = dy_s.at[slot, :, pl.ds(wg * WG_F, WG_F)].transpose((1, 0))
+                    plgpu.wgmma(acc, left, x_s.at[slot])
+                    # The tile before is stored while this one's first rows are multiplied.
+                    for number, boxes in enumerate(stores):
+                        now = (k == jnp.minimum(steps - 1, number)) & (i > 0)
+                        pl.when(now)(functools.partial(store, i - 1, before, boxes))
                     plgpu.wgmma_wait(1)
-
-                    @pl.when(k > 0)
-                    def _():
-                        plgpu.barrier_arrive(empty.at[lax.rem(step + k + STAGES - 1, STAGES)])
-
+                    pl.when(k > 0)(lambda: free(step + k - 1))
                     return ()
 
                 lax.fori_loop(0, steps, body, ())
                 return acc[...].astype(x.dtype)
 
-            value = pl.run_scoped(product, plgpu.ACC((TILE_F, wg_d), jnp.float32))
-
-            @pl.when(steps > 0)
-            def _():
-                plgpu.barrier_arrive(empty.at[lax.rem(step + steps - 1, STAGES)])
-
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for j in range(wg_d // 64):
-                o_s[wg, j] = value[:, 64 * j : 64 * (j + 1)]
-            plgpu.commit_smem()
-            for j in range(wg_d // 64):
-                column = pl.multiple_of(at_d + wg * wg_d + 64 * j, 64)
-                for half in range(2):
-                    row = pl.multiple_of(at_f + 64 * half, 64)
-
-                    @pl.when((column >= wanted[1]) & (row >= wanted[0]))
-                    def _(j=j, half=half, row=row, column=column):
-                        plgpu.copy_smem_to_gmem(
-                            o_s.at[wg, j, pl.ds(64 * half, 64)], o_g.at[group, pl.ds(row, 64), pl.ds(column, 64)]
-                        )
-
-            return step + steps
+            value = pl.run_scoped(product, plgpu.ACC((WG_F, tile_d), jnp.float32))
+            pl.when(steps > 0)(lambda: free(step + steps - 1))
+            for boxes in stores:
+                pl.when((steps == 0) & (i > 0))(functools.partial(store, i - 1, before, boxes))
+            return step + steps, value
 
         @pl.when(wg == 2)
         def _():
@@ -157,7 +166,10 @@ def grouped_wgrad(
         @pl.when(wg < 2)
         def _():
             plgpu.set_max_registers(232, action="increase")
-            lax.fori_loop(0, trips, multiply, jnp.int32(0))
+            nothing = plgpu.layout_cast(jnp.zeros((WG_F, tile_d), x.dtype), plgpu.Layout.WGMMA)
+            _, value = lax.fori_loop(0, trips, multiply, (jnp.int32(0), nothing))
+            for boxes in stores:
+                store(trips - 1, value, boxes)
             plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
@@ -166,8 +178,9 @@ def grouped_wgrad(
         scratch_types=[
             plgpu.SMEM((STAGES, TILE_ROWS, TILE_F), x.dtype, transforms=layout),
             plgpu.SMEM((STAGES, TILE_ROWS, tile_d), x.dtype, transforms=layout),
-            plgpu.SMEM((2, wg_d // 64, TILE_F, 64), x.dtype, transforms=layout),
+            plgpu.SMEM((2, STAGED, WG_F, 64), x.dtype, transforms=layout),
             plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         ],
         grid=(blocks,),
@@ -175,4 +188,5 @@ def grouped_wgrad(
         num_threads=3,
         thread_name="wg",
         interpret=mosaic.interpret_params() if interpret else None,
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )(jnp.cumsum(group_sizes, dtype=jnp.int32), dy, x)

@@ -1,46 +1,36 @@
-"""Row gather and row scatter-add for kernels written in Pallas Mosaic GPU, which has neither on Hopper.
+"""Row gather for kernels written in Pallas Mosaic GPU, which has none on Hopper.
 
-Both are written in Mosaic's lane level dialect, so they have no interpret mode: a kernel that uses them takes another
-branch there. Rows of a tile are gathered with 16-byte `cp.async` straight into the swizzled layout wgmma reads. The
+It is written in Mosaic's lane level dialect, so it has no interpret mode: a kernel that uses it takes another branch
+there. Rows of a tile are gathered with 16-byte `cp.async` straight into the swizzled layout wgmma reads. The
 copies report to hardware barriers of their own kind (an mbarrier that counts copies), which Pallas does not expose.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
+from jaxlib.mlir.dialects import arith, llvm, scf
 
 from . import mosaic
+from .lane import asm, c32, c64, gmem_pointer, smem_address
 
 ROWS = 64  # rows of a gathered tile
 CHUNK = 64  # columns of a 128-byte chunk of 16-bit elements, the unit of the swizzled layout
 THREADS = 128  # of a warpgroup
+GROUP_ROWS = THREADS // 8  # rows that a warpgroup fills at once, eight threads to a row
+PASSES = ROWS // GROUP_ROWS
+_ATOM = 8 * 128  # bytes of the swizzled layout's unit: 8 rows of a chunk
 FP8_ROW = 656  # bytes: 512 e4m3 values, 4 float32 scales of 128 values each, 64 bf16 values
 
 _WAIT = "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1;\n@!done bra AGAIN;\n}"
 
-# Two neighbouring lanes hold two columns each of two 8-column blocks; they swap so that each has four columns of one.
-_SWAP = """{
-.reg .pred odd;
-.reg .f32 sent0, sent1, got0, got1;
-setp.ne.u32 odd, $8, 0;
-selp.f32 sent0, $4, $6, odd;
-selp.f32 sent1, $5, $7, odd;
-shfl.sync.bfly.b32 got0, sent0, 1, 0x1f, 0xffffffff;
-shfl.sync.bfly.b32 got1, sent1, 1, 0x1f, 0xffffffff;
-selp.f32 $0, got0, $4, odd;
-selp.f32 $1, got1, $5, odd;
-selp.f32 $2, $6, got0, odd;
-selp.f32 $3, $7, got1, odd;
-}"""
 # Eight e4m3 values times a float32 scale, as bf16.
 _DEQUANTIZE = "{\n.reg .b16 x0, x1, x2, x3, low, high;\n.reg .b32 halves;\n.reg .f32 a, b;\n"
 _DEQUANTIZE += "mov.b32 {x0, x1}, $4;\nmov.b32 {x2, x3}, $5;\n"
@@ -51,33 +41,6 @@ for _k in range(4):
         f"mul.f32 a, a, $6;\nmul.f32 b, b, $6;\ncvt.rn.bf16x2.f32 ${_k}, b, a;\n"
     )
 _DEQUANTIZE += "}"
-_ADD_FIXED_POINT = """{
-.reg .s64 whole;
-cvt.rni.s64.f32 whole, $1;
-red.global.add.u64 [$0+OFFSET], whole;
-}"""
-
-
-def _i32(value: int):
-    kind = ir.IntegerType.get_signless(32)
-    return arith.constant(kind, ir.IntegerAttr.get(kind, value))
-
-
-def _i64(value: int) -> ir.Value:
-    kind = ir.IntegerType.get_signless(64)
-    return arith.constant(kind, ir.IntegerAttr.get(kind, value))
-
-
-def _asm(text: str, operands: Sequence[ir.Value] = (), constraints: str = "") -> None:
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), list(operands), text, constraints, has_side_effects=True)
-
-
-def _smem_address(ref: ir.Value) -> ir.Value:
-    return llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(ref))
-
-
-def _gmem_pointer(ref: ir.Value) -> ir.Value:
-    return llvm.addrspacecast(llvm.PointerType.get(address_space=1), utils.memref_ptr(ref))
 
 
 def opaque_zero() -> jax.Array:
@@ -121,14 +84,14 @@ def init_barriers(barriers, parts: Sequence[Part]) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def init(ctx, barriers):
-        base = _smem_address(barriers)
-        leader = scf.IfOp(arith.cmpi(arith.CmpIPredicate.eq, arith.remui(utils.thread_idx(), _i32(THREADS)), _i32(0)))
+        base = smem_address(barriers)
+        leader = scf.IfOp(arith.cmpi(arith.CmpIPredicate.eq, arith.remui(utils.thread_idx(), c32(THREADS)), c32(0)))
         with ir.InsertionPoint(leader.then_block):
             for number in range(len(parts)):
                 # Each gathering thread arrives twice: when its copies are there, and for what it wrote itself.
-                _asm(f"mbarrier.init.shared::cta.b64 [$0+{8 * number}], {2 * THREADS};", [base], "r")
-                _asm(f"mbarrier.init.shared::cta.b64 [$0+{8 * (len(parts) + number)}], {THREADS};", [base], "r")
-            _asm("fence.mbarrier_init.release.cluster;")
+                asm(f"mbarrier.init.shared::cta.b64 [$0+{8 * number}], {2 * THREADS};", [base], "r")
+                asm(f"mbarrier.init.shared::cta.b64 [$0+{8 * (len(parts) + number)}], {THREADS};", [base], "r")
+            asm("fence.mbarrier_init.release.cluster;")
             scf.yield_([])
 
     init(barriers)
@@ -139,11 +102,21 @@ def wait_full(barriers, number: int, step: jax.Array) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
     def wait(ctx, barriers, phase):
-        address = arith.addi(_smem_address(barriers), _i32(8 * number))
-        _asm(_WAIT, [address, phase.registers.item()], "r,r")
-        _asm("fence.proxy.async.shared::cta;")
+        address = arith.addi(smem_address(barriers), c32(8 * number))
+        asm(_WAIT, [address, phase.registers.item()], "r,r")
+        asm("fence.proxy.async.shared::cta;")
 
     wait(barriers, step & 1)
+
+
+def publish() -> None:
+    """A thread's writes to shared memory become visible to matrix products of those whom it tells afterwards."""
+
+    @plgpu.inline_mgpu()
+    def fence(ctx):
+        asm("fence.proxy.async.shared::cta;")
+
+    fence()
 
 
 def free(barriers, parts: Sequence[Part], number: int) -> None:
@@ -152,7 +125,7 @@ def free(barriers, parts: Sequence[Part], number: int) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def arrive(ctx, barriers):
         offset = 8 * (len(parts) + number)
-        _asm(f"mbarrier.arrive.shared::cta.b64 _, [$0+{offset}];", [_smem_address(barriers)], "r")
+        asm(f"mbarrier.arrive.shared::cta.b64 _, [$0+{offset}];", [smem_address(barriers)], "r")
 
     arrive(barriers)
 
@@ -185,261 +158,207 @@ def gather(
     row_bytes = width if quantized else 2 * width
     swizzled = plgpu.RefType(mosaic.swizzled(jnp.bfloat16))
     plain = plgpu.RefType()
-    group_rows = THREADS // 8  # eight threads copy the 128 bytes of a chunk, so a pass covers 16 rows
-    passes = ROWS // group_rows
-    tile_bytes, tail_bytes = ROWS * 512 * 2, ROWS * CHUNK * 2
 
     @plgpu.inline_mgpu(arg_types=(plain, plain, plain, swizzled, swizzled, plain, plain, plgpu.Layout.WG_SPLAT))
     def run(ctx, kv, indices, steps, tile, tail, bias, barriers, first_item):
-        i32, i64, f32 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.F32Type.get()
-        thread = arith.remui(utils.thread_idx(), _i32(THREADS))
-        group, lane = arith.divui(thread, _i32(8)), arith.remui(thread, _i32(8))
-        row8, half = arith.remui(group, _i32(8)), arith.divui(group, _i32(8))
-        # Swizzled layout: 8 rows x 128 bytes are contiguous, and a row's 16-byte pieces are permuted by its number.
-        inner = arith.addi(arith.muli(row8, _i32(128)), arith.muli(arith.xori(lane, row8), _i32(16)))
-        tile_at = arith.addi(_smem_address(tile), arith.addi(arith.muli(half, _i32(8 * 1024)), inner))
-        tail_at = arith.addi(_smem_address(tail), arith.addi(arith.muli(half, _i32(1024)), inner))
-        bias_at = arith.addi(_smem_address(bias), arith.muli(group, _i32(4)))
-        barrier_at = _smem_address(barriers)
-        kv_at = llvm.ptrtoint(i64, _gmem_pointer(kv))
-        lane_at = arith.addi(kv_at, arith.extui(i64, arith.muli(lane, _i32(8 if quantized else 16))))
-        lane_in_tail = arith.extui(i64, arith.muli(lane, _i32(8)))
-        indices_at, steps_at = _gmem_pointer(indices), _gmem_pointer(steps)
-        zero = arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
-        minus_inf = arith.constant(f32, ir.FloatAttr.get(f32, -math.inf))
+        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+        lane = (_DequantizingLane if quantized else _CopyingLane)(tile, tail, bias)
+        barrier_at = smem_address(barriers)
+        kv_at = arith.addi(llvm.ptrtoint(i64, gmem_pointer(kv)), arith.extui(i64, lane.byte))
+        indices_at, steps_at = gmem_pointer(indices), gmem_pointer(steps)
 
-        def load_indices(list_at, step):
-            first = arith.addi(arith.muli(step, _i32(slots * ROWS)), group)
-            offsets = [arith.addi(first, _i32(group_rows * j)) for j in range(slots * passes)]
-            return [llvm.load(i32, utils.getelementptr(list_at, [o], i32)) for o in offsets]
-
-        def copy_part(part, rows):
-            for j, (row, size, bias_value) in enumerate(rows[passes * part.slot : passes * (part.slot + 1)]):
-                if part.first:
-                    offset = 4 * (ROWS * part.slot + group_rows * j)
-                    _asm(f"st.shared.f32 [$0+{offset}], $1;", [bias_at, bias_value], "r,f")
-                lines = []
-                for chunk in part.chunks:
-                    in_tile = part.slot * tile_bytes + j * 2 * 8 * 1024 + chunk * 1024
-                    in_tail = part.slot * tail_bytes + j * 2 * 1024
-                    target = f"$0+{in_tile}" if chunk < 8 else f"$1+{in_tail}"
-                    lines.append(f"cp.async.cg.shared.global.L2::256B [{target}], [$2+{128 * chunk}], 16, $3;")
-                _asm("\n".join(lines), [tile_at, tail_at, row, size], "r,r,l,r")
-
-        def load_words(address, offset, count, size):
-            """`count` 32-bit words of a row, zeros if the row is none."""
-            outputs = ", ".join(f"${k}" for k in range(count))
-            clear = "".join(f"mov.b32 ${k}, 0;\n" for k in range(count))
-            text = (
-                f"{{\n.reg .pred some;\nsetp.ne.u32 some, ${count + 1}, 0;\n{clear}"
-                f"@some ld.global.v{count}.b32 {{{outputs}}}, [${count}+{offset}];\n}}"
-            )
-            kind = ir.Type.parse(f"!llvm.struct<({', '.join(['i32'] * count)})>")
-            constraints = ",".join(["=&r"] * count + ["l", "r"])
-            loaded = llvm.inline_asm(kind, [address, size], text, constraints, has_side_effects=True)
-            return [llvm.extractvalue(i32, loaded, [k]) for k in range(count)]
-
-        def dequantize_part(part, rows):
-            in_tile = [chunk for chunk in part.chunks if chunk < 8]
-            for j, (row, size, bias_value) in enumerate(rows[passes * part.slot : passes * (part.slot + 1)]):
-                if part.first:
-                    offset = 4 * (ROWS * part.slot + group_rows * j)
-                    _asm(f"st.shared.f32 [$0+{offset}], $1;", [bias_at, bias_value], "r,f")
-                row_at = arith.subi(row, lane_in_tail)
-                scales = load_words(row_at, 512 + 4 * (in_tile[0] // 2), 2, size)
-                words = [load_words(row, CHUNK * chunk, 2, size) for chunk in in_tile]
-                if part.chunks[-1] >= 8:
-                    target = part.slot * tail_bytes + j * 2 * 1024
-                    text = f"cp.async.cg.shared.global [$0+{target}], [$1+528], 16, $2;"
-                    _asm(text, [tail_at, arith.addi(row, lane_in_tail), size], "r,l,r")
-                four = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
-                for number, chunk in enumerate(in_tile):
-                    scale = llvm.bitcast(f32, scales[number // 2])
-                    operands = [*words[number], scale]
-                    both = llvm.inline_asm(four, operands, _DEQUANTIZE, "=&r,=&r,=&r,=&r,r,r,f", has_side_effects=True)
-                    values = [llvm.extractvalue(i32, both, [k]) for k in range(4)]
-                    target = part.slot * tile_bytes + j * 2 * 8 * 1024 + chunk * 1024
-                    _asm(f"st.shared.v4.b32 [$0+{target}], {{$1, $2, $3, $4}};", [tile_at, *values], "r,r,r,r,r")
-            _asm("fence.proxy.async.shared::cta;")
-
-        def gather_step(source, indices_of_rows, total):
-            rows = []
-            for index in indices_of_rows:
-                valid = arith.cmpi(arith.CmpIPredicate.ult, index, _i32(rows_of_kv))
-                offset = arith.muli(arith.extui(i64, arith.select(valid, index, _i32(0))), _i64(row_bytes))
-                size = arith.select(valid, _i32(16), _i32(0))
-                rows.append((arith.addi(source, offset), size, arith.select(valid, zero, minus_inf)))
+        def wait_free(number, total):
             # A fresh barrier counts the phase before its first as over, so the first wait passes.
-            phase = arith.andi(arith.addi(total, _i32(1)), _i32(1))
-            for number, part in enumerate(parts):
-                _asm(_WAIT, [arith.addi(barrier_at, _i32(8 * (len(parts) + number))), phase], "r,r")
-                (dequantize_part if quantized else copy_part)(part, rows)
-                _asm(f"cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0+{8 * number}];", [barrier_at], "r")
-                _asm(f"mbarrier.arrive.shared::cta.b64 _, [$0+{8 * number}];", [barrier_at], "r")
+            phase = arith.andi(arith.addi(total, c32(1)), c32(1))
+            asm(_WAIT, [arith.addi(barrier_at, c32(8 * (len(parts) + number))), phase], "r,r")
 
-        per_item = scf.ForOp(first_item.registers.item(), _i32(end), _i32(stride), [_i32(0)])
+        def fill(number):
+            asm(f"cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0+{8 * number}];", [barrier_at], "r")
+            asm(f"mbarrier.arrive.shared::cta.b64 _, [$0+{8 * number}];", [barrier_at], "r")
+
+        def row_of(source, index):
+            some = arith.cmpi(arith.CmpIPredicate.ult, index, c32(rows_of_kv))
+            offset = arith.muli(arith.extui(i64, arith.select(some, index, c32(0))), c64(row_bytes))
+            return _Row(arith.addi(source, offset), some)
+
+        def load_indices(list_at, step, count, slot):
+            """Of this thread's rows in a slot; -1 where no step is left."""
+            some = arith.cmpi(arith.CmpIPredicate.ult, step, count)
+            first = arith.addi(arith.muli(arith.select(some, step, c32(0)), c32(slots * ROWS)), lane.row)
+            offsets = [arith.addi(first, c32(slot * ROWS + GROUP_ROWS * j)) for j in range(PASSES)]
+            loaded = [llvm.load(i32, utils.getelementptr(list_at, [o], i32)) for o in offsets]
+            return [arith.select(some, index, c32(-1)) for index in loaded]
+
+        def copy_step(row_at, indices_of, total, load_next):
+            # The next step's indices are on their way while this step waits for its slots.
+            following = [load_next(slot) for slot in range(slots)]
+            for number, part in enumerate(parts):
+                wait_free(number, total)
+                for j, index in enumerate(indices_of[part.slot]):
+                    lane.copy(part, j, row_at(index))
+                fill(number)
+            return following
+
+        def dequantize_step(row_at, indices_of, loaded, total, load_next):
+            indices_of, loaded = list(indices_of), list(loaded)
+            for number, part in enumerate(parts):
+                wait_free(number, total)
+                rows = [row_at(index) for index in indices_of[part.slot]]
+                for j, row in enumerate(rows):
+                    lane.copy_tail(part, j, row)
+                if all(part.slot != later.slot for later in parts[number + 1 :]):
+                    indices_of[part.slot] = load_next(part.slot)
+                ahead = parts[(number + 1) % len(parts)]
+                for j, row in enumerate(rows):
+                    lane.convert(part, j, row, loaded[j])
+                    # A part's words are loaded while the part before it is converted.
+                    loaded[j] = lane.load(ahead, row_at(indices_of[ahead.slot][j]))
+                asm("fence.proxy.async.shared::cta;")
+                fill(number)
+            return indices_of, loaded
+
+        per_item = scf.ForOp(first_item.registers.item(), c32(end), c32(stride), [c32(0)])
         with ir.InsertionPoint(per_item.body):
             (total,) = per_item.inner_iter_args
-            number = arith.divui(per_item.induction_variable, _i32(per_row))
+            number = arith.divui(per_item.induction_variable, c32(per_row))
             count = llvm.load(i32, utils.getelementptr(steps_at, [number], i32))
-            list_at = utils.getelementptr(indices_at, [arith.muli(arith.extui(i64, number), _i64(list_length))], i32)
-            entry = arith.extui(i64, arith.divui(number, _i32(lists_of_entry)))
-            source = arith.addi(lane_at, arith.muli(entry, _i64(rows_of_kv * row_bytes)))
-            per_step = scf.ForOp(_i32(0), count, _i32(1), load_indices(list_at, _i32(0)))
+            list_at = utils.getelementptr(indices_at, [arith.muli(arith.extui(i64, number), c64(list_length))], i32)
+            entry = arith.extui(i64, arith.divui(number, c32(lists_of_entry)))
+            row_at = functools.partial(row_of, arith.addi(kv_at, arith.muli(entry, c64(rows_of_kv * row_bytes))))
+            state = [[load_indices(list_at, c32(0), count, slot) for slot in range(slots)]]
+            if quantized:
+                state.append([lane.load(parts[0], row_at(index)) for index in state[0][parts[0].slot]])
+            values, structure = jax.tree.flatten(state)
+            per_step = scf.ForOp(c32(0), count, c32(1), values)
             with ir.InsertionPoint(per_step.body):
                 step = per_step.induction_variable
-                # The next step's indices are on their way while this step waits for its slots.
-                following = arith.minsi(arith.addi(step, _i32(1)), arith.subi(count, _i32(1)))
-                following = load_indices(list_at, following)
-                gather_step(source, list(per_step.inner_iter_args), arith.addi(total, step))
-                scf.yield_(following)
+                load_next = functools.partial(load_indices, list_at, arith.addi(step, c32(1)), count)
+                carried = jax.tree.unflatten(structure, list(per_step.inner_iter_args))
+                advance = dequantize_step if quantized else copy_step
+                following = advance(row_at, *carried, arith.addi(total, step), load_next)
+                scf.yield_(jax.tree.leaves(following))
             scf.yield_([arith.addi(total, count)])
-        _asm("cp.async.wait_all;")
+        asm("cp.async.wait_all;")
 
     run(kv, indices, steps, tile, tail, bias, barriers, first_item)
 
 
-def _accumulator_row() -> tuple[ir.Value, ir.Value]:
-    """The thread's first row of a wgmma accumulator (its second is 8 below), and its first column's number over 2."""
-    thread = arith.remui(utils.thread_idx(), _i32(THREADS))
-    warp, lane = arith.divui(thread, _i32(32)), arith.remui(thread, _i32(32))
-    return arith.addi(arith.muli(warp, _i32(16)), arith.divui(lane, _i32(4))), arith.remui(lane, _i32(4))
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """A row as one thread sees it: the address of its first bytes there, and whether there is such a row."""
+
+    address: ir.Value
+    some: ir.Value
+
+    def bytes(self, count: int) -> ir.Value:
+        """How many to read; the rest is zeros."""
+        return arith.select(self.some, c32(count), c32(0))
 
 
-def _elements(register: ir.Value) -> list[ir.Value]:
-    if isinstance(register.type, ir.VectorType):
-        return [vector.extract(register, [], [k]) for k in range(ir.VectorType(register.type).shape[0])]
-    return [register]
+class _Lane:
+    """Where a thread puts its share of the rows. Eight threads fill a row, so that a pass covers 16 rows.
 
-
-def scale_unless_one(values: jax.Array, factors: jax.Array) -> jax.Array:
-    """values * factors[:, None], in the layout of a wgmma accumulator; warps whose factors are all 1 skip it."""
-    layout = plgpu.Layout.WGMMA
-    result = plgpu.ShapeDtypeStruct(values.shape, values.dtype, layout=layout)
-
-    @plgpu.inline_mgpu(arg_types=(layout, layout.reduce(1)), return_type=result)
-    def run(ctx, values, factors):
-        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        one = arith.constant(f32, ir.FloatAttr.get(f32, 1.0))
-        factors = [_elements(register)[0] for register in factors.registers.flat]
-        changed = [arith.cmpf(arith.CmpFPredicate.UNE, factor, one) for factor in factors]
-        any_changed = nvvm.vote_sync(_i32(-1), arith.ori(*changed), nvvm.VoteSyncKind.any)
-        registers = list(values.registers.flat)
-        branch = scf.IfOp(any_changed, [register.type for register in registers], has_else=True)
-        with ir.InsertionPoint(branch.then_block):
-            # An accumulator's registers: for each 8 columns, a pair of columns of row r and one of row r + 8.
-            scf.yield_(
-                [
-                    arith.mulf(register, vector.broadcast(register.type, factors[number % 2]))
-                    for number, register in enumerate(registers)
-                ]
-            )
-        with ir.InsertionPoint(branch.else_block):
-            scf.yield_(registers)
-        scaled = np.empty(len(registers), object)
-        scaled[:] = list(branch.results)
-        return mgpu.FragmentedArray(
-            _registers=scaled.reshape(values.registers.shape), _layout=values.layout, _is_signed=None
-        )
-
-    return run(values, factors)
-
-
-def store(values: jax.Array, target) -> None:
-    """A warpgroup stores float32[ROWS, n], in the layout of a wgmma accumulator, as bf16 to GMEM bf16[ROWS, n].
-
-    Straight from registers: a stage in shared memory would hold up whatever that memory is for.
+    Swizzled layout: 8 rows x 128 bytes are contiguous, and a row's 16-byte pieces are permuted by its number.
     """
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
-    def run(ctx, values, target):
-        i64 = ir.IntegerType.get_signless(64)
-        strides, _ = ir.MemRefType(target.type).get_strides_and_offset()
-        row, pair = _accumulator_row()
-        offset = arith.addi(arith.muli(row, _i32(2 * strides[0])), arith.muli(pair, _i32(4)))
-        address = arith.addi(llvm.ptrtoint(i64, _gmem_pointer(target)), arith.extui(i64, offset))
-        registers = list(values.registers.flat)
-        for half in (0, 1):
-            for block, register in enumerate(registers[half::2]):
-                a, b = _elements(register)
-                at = half * 8 * 2 * strides[0] + block * 16
-                text = f"{{\n.reg .b32 both;\ncvt.rn.bf16x2.f32 both, $2, $1;\nst.global.b32 [$0+{at}], both;\n}}"
-                _asm(text, [address, a, b], "l,f,f")
+    def __init__(self, tile, tail, bias):
+        thread = arith.remui(utils.thread_idx(), c32(THREADS))
+        self.row, self.lane = arith.divui(thread, c32(8)), arith.remui(thread, c32(8))
+        self.row8, self.half = arith.remui(self.row, c32(8)), arith.divui(self.row, c32(8))
+        self.byte = arith.muli(self.lane, c32(16))  # of the row, where the thread's first piece is
+        self.tile_at = self._at(smem_address(tile), 8, self.lane)
+        self.tail_at = self._at(smem_address(tail), 1, self.lane)
+        self.bias_at = arith.addi(smem_address(bias), arith.muli(self.row, c32(4)))
 
-    run(values, target)
+    def _at(self, base, chunks, piece):
+        inside = arith.addi(arith.muli(self.row8, c32(_ATOM // 8)), arith.muli(arith.xori(piece, self.row8), c32(16)))
+        return arith.addi(base, arith.addi(arith.muli(self.half, c32(chunks * _ATOM)), inside))
 
+    @staticmethod
+    def in_tile(part: Part, j: int, chunk: int) -> int:
+        return part.slot * ROWS * 512 * 2 + (j * 2 * 8 + chunk) * _ATOM
 
-def store_vector(values: jax.Array, target) -> None:
-    """A warpgroup stores float32[ROWS], a value a row of a wgmma accumulator, to GMEM float32[ROWS]."""
+    @staticmethod
+    def in_tail(part: Part, j: int) -> int:
+        return part.slot * ROWS * CHUNK * 2 + j * 2 * _ATOM
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA.reduce(1), plgpu.RefType()))
-    def run(ctx, values, target):
-        i64 = ir.IntegerType.get_signless(64)
-        row, _ = _accumulator_row()
-        offset = arith.extui(i64, arith.muli(row, _i32(4)))
-        address = arith.addi(llvm.ptrtoint(i64, _gmem_pointer(target)), offset)
-        for half, register in enumerate(values.registers.flat):
-            _asm(f"st.global.f32 [$0+{32 * half}], $1;", [address, _elements(register)[0]], "l,f")
-
-    run(values, target)
+    def say_whether_some(self, part: Part, j: int, row: _Row) -> None:
+        if not part.first:
+            return
+        f32 = ir.F32Type.get()
+        zero, minus_inf = (arith.constant(f32, ir.FloatAttr.get(f32, value)) for value in (0.0, -math.inf))
+        offset = 4 * (ROWS * part.slot + GROUP_ROWS * j)
+        asm(f"st.shared.f32 [$0+{offset}], $1;", [self.bias_at, arith.select(row.some, zero, minus_inf)], "r,f")
 
 
-def scatter_add(values: jax.Array, target, indices, first_column: int, unit: jax.Array | None = None) -> None:
-    """A warpgroup adds rows to rows of global memory: target[indices[i], first_column:][:n] += values[i], atomically.
+class _CopyingLane(_Lane):
+    """Of 16-bit rows, copied as they are."""
 
-    Args:
-      values: float32[ROWS, n] in the layout of a wgmma accumulator.
-      target: GMEM float32[S, H]; with `unit` int32[S, 2 * H], pairs that hold one 64-bit integer each.
-      indices: GMEM int32[ROWS]; rows outside [0, S) are left out.
-      unit: float32 scalar. Values are rounded to integers in units of 1 / unit, whose sum, unlike that of floats,
-        does not depend on the order of the additions.
-    """
-    rows_of_target = target.shape[0]
-    words = target.shape[1]
-    arg_types = (plgpu.Layout.WGMMA, plgpu.RefType(), plgpu.RefType())
-    args = (values, target, indices)
-    if unit is not None:
-        arg_types, args = (*arg_types, plgpu.Layout.WG_SPLAT), (*args, unit)
+    def __init__(self, *refs):
+        super().__init__(*refs)
+        # Many queries name a row, and queries and outputs are used but once: rows are the last to leave the L2 cache.
+        policy = "createpolicy.fractional.L2::evict_last.b64 $0, 1.0;"
+        self.keep = llvm.inline_asm(ir.IntegerType.get_signless(64), [], policy, "=l", has_side_effects=True)
 
-    @plgpu.inline_mgpu(arg_types=arg_types)
-    def run(ctx, values, target, indices, unit=None):
-        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-        row, pair = _accumulator_row()
-        base = llvm.ptrtoint(i64, _gmem_pointer(target))
-        # An accumulator's registers: for each 8 columns, a pair of columns of row r and one of row r + 8.
-        registers = list(values.registers.flat)
-        odd, pair_of_lanes = arith.andi(pair, _i32(1)), arith.shrui(pair, _i32(1))
-        if unit is None:
-            lane_offset = arith.addi(arith.muli(odd, _i32(32)), arith.muli(pair_of_lanes, _i32(16)))
-        else:
-            lane_offset = arith.muli(pair, _i32(16))
-        base = arith.addi(base, arith.extui(i64, lane_offset))
+    def copy(self, part: Part, j: int, row: _Row) -> None:
+        self.say_whether_some(part, j, row)
+        lines = []
+        for chunk in part.chunks:
+            target = f"$0+{self.in_tile(part, j, chunk)}" if chunk < 8 else f"$1+{self.in_tail(part, j)}"
+            copy = "cp.async.cg.shared.global.L2::cache_hint.L2::256B"
+            lines.append(f"{copy} [{target}], [$2+{128 * chunk}], 16, $3, $4;")
+        operands = [self.tile_at, self.tail_at, row.address, row.bytes(16), self.keep]
+        asm("\n".join(lines), operands, "r,r,l,r,l")
 
-        def swap(*columns):
-            four = ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>")
-            constraints = "=f,=f,=f,=f,f,f,f,f,r"
-            swapped = llvm.inline_asm(four, [*columns, odd], _SWAP, constraints, has_side_effects=True)
-            return [llvm.extractvalue(ir.F32Type.get(), swapped, [k]) for k in range(4)]
 
-        for half in (0, 1):
-            index_at = utils.getelementptr(_gmem_pointer(indices), [arith.addi(row, _i32(8 * half))], i32)
-            index = llvm.load(i32, index_at)
-            blocks = [_elements(register) for register in registers[half::2]]
-            if unit is None:
-                blocks = [swap(*blocks[n], *blocks[n + 1]) for n in range(0, len(blocks), 2)]
-            branch = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, index, _i32(rows_of_target)))
-            with ir.InsertionPoint(branch.then_block):
-                address = arith.addi(base, arith.muli(arith.extui(i64, index), _i64(4 * words)))
-                for number, block in enumerate(blocks):
-                    if unit is None:
-                        at = 4 * (first_column + 16 * number)
-                        text = f"red.global.add.v4.f32 [$0+{at}], {{$1, $2, $3, $4}};"
-                        _asm(text, [address, *block], "l,f,f,f,f")
-                        continue
-                    for k, value in enumerate(block):
-                        at = 8 * (first_column + 8 * number + k)
-                        scaled = arith.mulf(value, unit.registers.item())
-                        _asm(_ADD_FIXED_POINT.replace("OFFSET", str(at)), [address, scaled], "l,f")
-                scf.yield_([])
+class _DequantizingLane(_Lane):
+    """Of rows of the fp8 cache. A thread's 16 values of each 128 are two 16-byte pieces of bf16 in one chunk."""
 
-    run(*args)
+    def __init__(self, *refs):
+        super().__init__(*refs)
+        within, upper = arith.remui(self.lane, c32(4)), arith.divui(self.lane, c32(4))
+        base = arith.addi(smem_address(refs[0]), arith.muli(upper, c32(_ATOM)))
+        # Which of its two pieces a thread stores first keeps the threads of a row in different banks.
+        self.swaps = arith.cmpi(arith.CmpIPredicate.ne, upper, c32(0))
+        piece = arith.addi(arith.muli(within, c32(2)), upper)
+        self.pieces_at = [self._at(base, 8, piece), self._at(base, 8, arith.xori(piece, c32(1)))]
+
+    def load(self, part: Part, row: _Row) -> list[ir.Value]:
+        """The words of half a row: two scales, and two times four of values."""
+        start = arith.subi(row.address, arith.extui(row.address.type, self.byte))
+        words = _load_words(start, 512 + 2 * part.chunks[0], 2, row.some)
+        for number in (0, 1):
+            words += _load_words(row.address, CHUNK * part.chunks[0] + 128 * number, 4, row.some)
+        return words
+
+    def copy_tail(self, part: Part, j: int, row: _Row) -> None:
+        if part.chunks[-1] >= 8:
+            text = f"cp.async.cg.shared.global [$0+{self.in_tail(part, j)}], [$1+528], 16, $2;"
+            asm(text, [self.tail_at, row.address, row.bytes(16)], "r,l,r")
+
+    def convert(self, part: Part, j: int, row: _Row, words: list[ir.Value]) -> None:
+        self.say_whether_some(part, j, row)
+        f32, four = ir.F32Type.get(), ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+        scales, words = words[:2], words[2:]
+        for number in range(4):
+            first, second = (words[4 * (number // 2) + k :][:2] for k in (0, 2))
+            stored = (second, first) if number % 2 else (first, second)
+            chosen = [arith.select(self.swaps, b, a) for a, b in zip(*stored, strict=True)]
+            operands = [*chosen, llvm.bitcast(f32, scales[number // 2])]
+            both = llvm.inline_asm(four, operands, _DEQUANTIZE, "=&r,=&r,=&r,=&r,r,r,f", has_side_effects=True)
+            values = [llvm.extractvalue(words[0].type, both, [k]) for k in range(4)]
+            target = self.in_tile(part, j, part.chunks[0] + 2 * (number // 2))
+            text = f"st.shared.v4.b32 [$0+{target}], {{$1, $2, $3, $4}};"
+            asm(text, [self.pieces_at[number % 2], *values], "r,r,r,r,r")
+
+
+def _load_words(address, offset: int, count: int, some) -> list[ir.Value]:
+    """`count` 32-bit words, zeros if not `some`."""
+    i32 = ir.IntegerType.get_signless(32)
+    outputs = ", ".join(f"${k}" for k in range(count))
+    clear = "".join(f"mov.b32 ${k}, 0;\n" for k in range(count))
+    text = f"{clear}@${count + 1} ld.global.v{count}.b32 {{{outputs}}}, [${count}+{offset}];"
+    kind = ir.Type.parse(f"!llvm.struct<({', '.join(['i32'] * count)})>")
+    constraints = ",".join(["=&r"] * count + ["l", "b"])
+    loaded = llvm.inline_asm(kind, [address, some], text, constraints, has_side_effects=True)
+    return [llvm.extractvalue(i32, loaded, [k]) for k in range(count)]

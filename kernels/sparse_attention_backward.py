@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from . import mosaic, rows
+from . import accumulators, mosaic, rows
 from .sparse_attention_forward import HALF, HEADS, LOG2_E, V_DIM
 
 STEP = rows.ROWS  # keys of a loop step
@@ -97,7 +97,7 @@ def backward(q, kv, indices, steps, dout, lse, delta, unit, *, scale: float, det
                 else:
                     pairs = [(lambda z=zero: ds_s.at[z].T, lambda z=zero: q_tail_s.at[z])]
                 values = product(pairs, (STEP, width))
-                rows.scatter_add(values, dkv_g.at[entry], targets, column, unit)
+                accumulators.scatter_add(values, dkv_g.at[entry], targets, column, unit)
 
         def add_to_dq(dq, half):
             zero = rows.opaque_zero()

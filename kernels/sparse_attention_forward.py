@@ -3,7 +3,9 @@
 One block is one query and 64 of its heads. A gathering warpgroup fills two tiles of 64 rows; two computing warpgroups
 take turns at them, as FlashMLA does: each scores its own tile, then both multiply both tiles' probabilities with the
 values, one the left 256 columns of the output, the other the right 256. So the exponentials of one run while the tensor
-cores work for the other. Scores are in units of log2, with a running maximum that passes from one to the other.
+cores work for the other: the left one's next scores queue behind its products, and the right one scores once these are
+there. Scores are in units of log2, with a running maximum that passes from one to the other. Sums are rescaled only
+where scores exceed it by far, which after a query's first tiles is rare; it cancels in the end.
 """
 
 import math
@@ -14,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from . import mosaic, rows
+from . import accumulators, mosaic, rows
 
 HEADS = 64  # of a block
 STEP = 2 * rows.ROWS  # keys of a loop step
@@ -168,7 +170,7 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
             tail_s[slot] = probabilities
             for number, value in enumerate(vectors):
                 told_s[TOLD * slot + number] = value
-            plgpu.commit_smem()
+            plgpu.commit_smem() if interpret else rows.publish()
             plgpu.barrier_arrive(p_ready.at[slot])
 
         def listen(slot):
@@ -185,7 +187,7 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
 
         def rescale(out, alpha):
             value = out[...]
-            out[...] = value * spread(alpha, value, 0) if interpret else rows.scale_unless_one(value, alpha)
+            out[...] = value * spread(alpha, value, 0) if interpret else accumulators.scale_unless_one(value, alpha)
 
         def add_product(out, a, b):
             if interpret:
@@ -218,9 +220,9 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
                 if half == 0:
                     lse_g[row, heads] = lse
                 return
-            rows.store(out, target)
+            accumulators.store(out, target)
             if half == 0:
-                rows.store_vector(lse, lse_g.at[row, heads])
+                accumulators.store_vector(lse, lse_g.at[row, heads])
 
         @pl.when(wg == 0)
         def left():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.kernels import measure
+from benchmarks.kernels.poison import poison_free_memory
 from dsparse.kernels import grouped_matmul as gm
 from dsparse.kernels import grouped_matmul_quantized as quantized
 
@@ -78,6 +79,7 @@ def check(chosen: list[int]) -> None:
             ("swiglu", gm.grouped_swiglu, swiglu_reference, (groups, 2, width, depth)),
         ):
             weights = normal(case + 200, shape, depth**-0.5)
+            poison_free_memory()
             out, pull = jax.vjp(functools.partial(run_product, function, jnp.asarray(sizes)), x, weights)
             got = out, *pull(dy)
             plain = (np.asarray(a.astype(jnp.float32)) for a in (jnp.nan_to_num(x), weights))
@@ -167,6 +169,7 @@ def check_quantized(groups: int, rows: int, depth: int, width: int) -> None:
     sizes = sizes_of(groups, rows, "skewed", 1)
     for name in ("fp8", "int8"):
         x, x_scale, weights, w_scale = inputs(groups, rows, depth, width)[name]()
+        poison_free_memory()
         out = FUNCTIONS[name](x, x_scale, weights, w_scale, jnp.asarray(sizes))
         x, x_scale, weights, w_scale = (np.asarray(a.astype(jnp.float32)) for a in (x, x_scale, weights, w_scale))
         if name == "fp8":

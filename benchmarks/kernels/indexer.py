@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.kernels import measure
+from benchmarks.kernels.poison import poison_free_memory
 from dsparse.kernels import indexer
 
 FP8 = jnp.float8_e4m3fn
@@ -42,6 +43,7 @@ def check(chosen: list[int]) -> None:
         lengths = jnp.minimum(jnp.arange(queries) + offset + jnp.arange(batch)[:, None], keys)
         for dtype in (jnp.bfloat16, FP8):
             q, k, weights, scale = inputs(batch, queries, keys, heads, dtype, case)
+            poison_free_memory()
             out = indexer.indexer_logits(q, k, weights, lengths, scale)
             expected = reference(q, k, weights, lengths, scale)
             seen = jnp.isfinite(expected)
@@ -60,6 +62,7 @@ def check(chosen: list[int]) -> None:
             out = function(*args)
             return jnp.where(jnp.isfinite(out), out * cotangent, 0).sum()
 
+        poison_free_memory()
         got = jax.grad(lambda *a, n=lengths: loss(indexer.indexer_logits, *a, n), (0, 1, 2))(q, k, weights)
         want = jax.grad(lambda *a, n=lengths: loss(reference, *a, n, None), (0, 1, 2))(
             q.astype(jnp.float32), k.astype(jnp.float32), weights

@@ -2,7 +2,8 @@
 
 Prints each shape's median time and TFLOP/s, and the time of plain XLA (a gather, a chunk of queries at a time) in the
 same run. A product of a query head with a row counts 2 * H and its value 2 * V; the backward counts five products.
-`--check` compares output, log-sum-exp and gradients with a float32 reference on fresh random inputs instead.
+`--check` compares output, log-sum-exp and gradients with a float32 reference on fresh random inputs instead, with NaN
+in the memory that they are written to.
 """
 
 import functools
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.kernels import measure
+from benchmarks.kernels.poison import poison_free_memory
 from dsparse.kernels.sparse_attention import sparse_attention
 from dsparse.kernels.sparse_attention_decode import pack_cache, sparse_attention_decode, unpack_cache
 
@@ -130,6 +132,7 @@ def check_shape(shape, seed: int) -> bool:
     finite = np.isfinite(np.asarray(lse))
     for deterministic in (False, True):
         run = jax.jit(functools.partial(outputs, kernel(deterministic)))
+        poison_free_memory()
         (out_k, lse_k), gradients = run(arguments, rest)
         errors = [measure.relative_error(out_k, out)]
         errors.append(measure.relative_error(np.asarray(lse_k)[finite], np.asarray(lse)[finite]))
@@ -179,6 +182,7 @@ def check_decode(seed: int) -> bool:
                     q, cache, indices, v_head_dim=V, scale=width**-0.5, sinks=sinks
                 )
             )
+            poison_free_memory()
             out_k, lse_k = decode(q, cache, indices, sinks)
             errors = measure.relative_error(out_k, out), measure.relative_error(lse_k, lse)
             good &= errors[0] < 5e-3 and errors[1] < 1e-5
