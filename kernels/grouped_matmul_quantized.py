@@ -55,7 +55,7 @@ INT8 = Tiling(
     boxes=(96, 192, 288),
     scale_boxes=((0, 160), (160, 128)),
     registers=160,
-    cluster=2,
+    cluster=1,
 )
 
 
