@@ -1,7 +1,5 @@
 """Weight gradient of a grouped matmul on Hopper: out[e] = dy[rows of e].T @ x[rows of e], zeros if there are none."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -121,8 +119,7 @@ def grouped_wgrad(
                 def _(stage=stage, column=column):
                     plgpu.copy_smem_to_gmem(o_s.at[wg, stage], o_g.at[group, pl.ds(row, WG_F), pl.ds(column, 64)])
 
-        def multiply(i, carry):
-            step, before = carry
+        def multiply(i, step):
             _, _, _, (start, first, end), steps = locate(i)
 
             def product(acc):
@@ -141,10 +138,6 @@ def grouped_wgrad(
 
                     left = dy_s.at[slot, :, pl.ds(wg * WG_F, WG_F)].transpose((1, 0))
                     plgpu.wgmma(acc, left, x_s.at[slot])
-                    # The tile before is stored while this one's first rows are multiplied.
-                    for number, boxes in enumerate(stores):
-                        now = (k == jnp.minimum(steps - 1, number)) & (i > 0)
-                        pl.when(now)(functools.partial(store, i - 1, before, boxes))
                     plgpu.wgmma_wait(1)
                     pl.when(k > 0)(lambda: free(step + k - 1))
                     return ()
@@ -155,8 +148,8 @@ def grouped_wgrad(
             value = pl.run_scoped(product, plgpu.ACC((WG_F, tile_d), jnp.float32))
             pl.when(steps > 0)(lambda: free(step + steps - 1))
             for boxes in stores:
-                pl.when((steps == 0) & (i > 0))(functools.partial(store, i - 1, before, boxes))
-            return step + steps, value
+                store(i, value, boxes)
+            return step + steps
 
         @pl.when(wg == 2)
         def _():
@@ -166,10 +159,7 @@ def grouped_wgrad(
         @pl.when(wg < 2)
         def _():
             plgpu.set_max_registers(232, action="increase")
-            nothing = plgpu.layout_cast(jnp.zeros((WG_F, tile_d), x.dtype), plgpu.Layout.WGMMA)
-            _, value = lax.fori_loop(0, trips, multiply, (jnp.int32(0), nothing))
-            for boxes in stores:
-                store(trips - 1, value, boxes)
+            lax.fori_loop(0, trips, multiply, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(

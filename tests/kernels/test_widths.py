@@ -22,7 +22,7 @@ def small_and_hopper(monkeypatch):
     """Tiles small enough to interpret."""
     monkeypatch.setattr(gm, "TALL", dataclasses.replace(gm.TALL, rows=32, stages=2))
     monkeypatch.setattr(quantized, "STAGES", 2)
-    small = {"widths": (32, 64), "boxes": (32, 64), "scale_boxes": ((0, 64),), "part_rows": 32}
+    small = {"widths": (32, 64), "boxes": (32, 64), "scale_boxes": ((0, 64),)}
     monkeypatch.setattr(quantized, "FP8", dataclasses.replace(quantized.FP8, **small))
     with mosaic.assume_hopper():
         yield
