@@ -79,7 +79,8 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        return rms_normalize(x, self.eps) * self.weight[...].astype(x.dtype)
+        wide = rms_normalize(x.astype(jnp.float32), self.eps) * self.weight[...].astype(jnp.float32)
+        return wide.astype(x.dtype)  # rounded once
 
 
 class LayerNorm(nnx.Module):
