@@ -36,6 +36,7 @@ class RopeParameters:
     partial_rotary_factor: float = 1.0
 
 
+WEIGHT_DTYPES = ("float32", "bfloat16", "float16", "float64")
 SELECTING_MIXERS = ("indexed_attention", "compressed_sparse_attention")  # select tokens or entries, index_topk of them
 MIXER_KINDS = (
     "full_attention", "indexed_attention", "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention",
@@ -223,6 +224,8 @@ def validate(config: ModelConfig) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or value <= 0:
             raise DsparseError(f"config field {name} must be a positive integer, found {value!r}")
+    if config.dtype not in WEIGHT_DTYPES:
+        raise DsparseError(f"config field dtype {config.dtype!r} is not supported ({', '.join(WEIGHT_DTYPES)})")
     if config.hidden_act != "silu":
         raise DsparseError(f"config field hidden_act: only 'silu' is supported, found {config.hidden_act!r}")
     if config.qk_rope_head_dim % 2:

@@ -8,6 +8,7 @@ DeepSeek-V4's `compress_ratios` and `num_hash_layers` instead of lists of layer 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,15 +26,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "kimi_k2": _V3,
     "moonlight": _V3,
     "glm4_moe_lite": _V3 | {"first_k_dense_replace": 1},
-    "deepseek_v32": _V3 | _INDEXED | {"index_n_heads": 64, "indexer_rope_interleave": False},
-    "glm_moe_dsa": _V3 | _INDEXED | {"index_n_heads": 32, "indexer_rope_interleave": True, "rms_norm_eps": 1e-5},
+    "deepseek_v32": _V3 | _INDEXED | {"index_n_heads": 64},
+    "glm_moe_dsa": _V3 | _INDEXED | {"index_n_heads": 32, "rms_norm_eps": 1e-5},
     "deepseek_v4": {
-        "checkpoint_names": "deepseek_v4", "scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc", "norm_topk_prob": True, "n_shared_experts": 1,
+        "checkpoint_names": "deepseek_v4", "scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc",
         "routed_scaling_factor": 1.5, "swiglu_limit": 10.0, "hc_mult": 4, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6,
         "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128},
         "compress_rope_theta": 160000.0, "num_hash_layers": 3, "partial_rotary_factor": 64 / 512,
     },
 }  # fmt: skip
+# What a family does whatever its config says, in transformers and in the published code.
+_V3_FIXED = {"mlp_bias": False}
+FIXED: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"rope_interleave": True},
+    "deepseek_v3": _V3_FIXED,
+    "kimi_k2": _V3_FIXED,
+    "moonlight": _V3_FIXED,
+    "glm4_moe_lite": _V3_FIXED,
+    "deepseek_v32": _V3_FIXED | {"rope_interleave": True, "indexer_rope_interleave": False},
+    "glm_moe_dsa": _V3_FIXED | {"rope_interleave": True, "indexer_rope_interleave": True},
+    "deepseek_v4": {"norm_topk_prob": True, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+}
 LEGACY_LAYER_TYPES = {"attention": "full_attention", "deepseek_sparse_attention": "indexed_attention"}
 
 _COPIED = {field.name for field in dataclasses.fields(ModelConfig)} - {
@@ -51,7 +64,7 @@ _REQUIRED_COMPRESSED = (
 def model_config_fields(source: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `ModelConfig` for a parsed config.json."""
     model_type = source.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise DsparseError(f"config field model_type {model_type!r} is not supported (known: {known})")
     compressed = "compress_rates" in FAMILIES[model_type]
@@ -59,7 +72,10 @@ def model_config_fields(source: Mapping[str, Any]) -> dict[str, Any]:
     missing = [name for name in required if source.get(name) is None]
     if missing:
         raise DsparseError(f"config lacks the field{'s' * (len(missing) > 1)} {', '.join(missing)}")
-    values = FAMILIES[model_type] | {key: value for key, value in source.items() if value is not None}
+    _check_kinds(source)
+    values = (
+        FAMILIES[model_type] | {key: value for key, value in source.items() if value is not None} | FIXED[model_type]
+    )
     block = (source.get("quantization_config") or {}).get("weight_block_size")
     if block is not None and list(block) != [FP8_BLOCK, FP8_BLOCK]:
         raise DsparseError(
@@ -83,6 +99,54 @@ def model_config_fields(source: Mapping[str, Any]) -> dict[str, Any]:
         "eos_token_id": tuple(eos) if isinstance(eos, list | tuple) else (eos,),
         "dtype": str(values.get("dtype", values.get("torch_dtype", "bfloat16"))).removeprefix("torch."),
     }
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int or (type(value) is float and math.isfinite(value))
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(type(item) is int for item in value)
+
+
+# What entries that are translated, not copied, must be: in words, the test, and the names.
+_KINDS = (
+    ("a whole number", lambda value: type(value) is int, (
+        "head_dim", "first_k_dense_replace", "num_hash_layers", "index_topk_freq",
+        "index_skip_topk_offset", "num_mtp_layers", "compress_rate_csa", "compress_rate_hca")),
+    ("a positive whole number", lambda value: type(value) is int and value > 0, (
+        "num_hidden_layers", "moe_layer_freq", "original_max_position_embeddings")),
+    ("a positive number", lambda value: _is_number(value) and value > 0, (
+        "rope_theta", "compress_rope_theta", "partial_rotary_factor", "factor", "beta_fast", "beta_slow",
+        "attention_factor")),
+    ("a number", _is_number, ("mscale", "mscale_all_dim")),
+    ("true or false", lambda value: type(value) is bool, ("truncate",)),
+    ("text", lambda value: isinstance(value, str), ("rope_type", "type")),
+    ("an object", lambda value: isinstance(value, Mapping), (
+        "compress_rates", "quantization_config", "rope_parameters", "rope_scaling", "main", "compress")),
+    ("a list of names", _is_names, ("layer_types", "mlp_layer_types", "indexer_types")),
+    ("text or a list of names", lambda value: isinstance(value, str) or _is_names(value), ("index_topk_pattern",)),
+    ("a list of whole numbers", _is_counts, ("compress_ratios", "weight_block_size")),
+    ("a whole number or a list of them", lambda value: type(value) is int or _is_counts(value), (
+        "eos_token_id", "index_topk")),
+)  # fmt: skip
+_KIND_OF = {name: (words, test) for words, test, names in _KINDS for name in names}
+
+
+def _check_kinds(source: Mapping[str, Any], path: str = "") -> None:
+    """Raise DsparseError for the first entry, nested ones included, that is not of its kind."""
+    for name, value in source.items():
+        words, test = _KIND_OF.get(name, ("", None))
+        if test is None or value is None:
+            continue
+        if not test(value):
+            raise DsparseError(f"config field {path}{name} must be {words}, found {value!r}")
+        if isinstance(value, Mapping) and name != "compress_rates":
+            _check_kinds(value, f"{path}{name}.")
 
 
 _TYPES = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
@@ -153,7 +217,6 @@ def compressed_attention_fields(values: Mapping[str, Any], source: Mapping[str, 
     else:
         rotary = int(head_dim * (factor or values["partial_rotary_factor"]))
     return {
-        "norm_topk_prob": True,  # transformers and DeepSeek's own code ignore what the config says
         "compress_rates": rates, "layer_types": list(kinds)[:depth], "mlp_layer_types": list(mlp)[:depth],
         "qk_rope_head_dim": rotary, **ropes,
     }  # fmt: skip

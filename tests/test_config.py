@@ -126,11 +126,37 @@ def test_logits_of_every_variation_equal_transformers(name, tmp_path):
             {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}},
             "weight_block_size .64, 64. is",
         ),
+        ({"model_type": ["deepseek_v3"]}, "model_type ..deepseek_v3.. is not supported"),
+        ({"dtype": "int4"}, "dtype 'int4' is not supported"),
+        ({"num_hidden_layers": "3"}, "num_hidden_layers must be a positive whole number, found '3'"),
+        ({"first_k_dense_replace": "x"}, "first_k_dense_replace must be a whole number, found 'x'"),
+        ({"moe_layer_freq": 0}, "moe_layer_freq must be a positive whole number, found 0"),
+        ({"mlp_layer_types": 3}, "mlp_layer_types must be a list of names, found 3"),
+        ({"layer_types": [None] * 3}, "layer_types must be a list of names"),
+        ({"index_topk_pattern": 7}, "index_topk_pattern must be text or a list of names, found 7"),
+        ({"eos_token_id": "</s>"}, "eos_token_id must be a whole number or a list of them"),
+        ({"rope_theta": "10000"}, "rope_theta must be a positive number, found '10000'"),
+        ({"rope_parameters": "yarn"}, "rope_parameters must be an object, found 'yarn'"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": "40"}},
+            "rope_scaling.factor must be a positive number, found '40'",
+        ),
+        ({"quantization_config": ["fp8"]}, "quantization_config must be an object"),
     ],
 )
 def test_inconsistent_configs_are_named(changes, message):
     with pytest.raises(DsparseError, match=message):
         ModelConfig.from_huggingface(tiny_config("deepseek_v3") | changes)
+
+
+def test_what_a_family_fixes_is_not_read_from_its_config():
+    """As in transformers: V3.2's indexer is half-split and its attention interleaved whatever the config says."""
+    stated = {"rope_interleave": False, "indexer_rope_interleave": True, "mlp_bias": True}
+    v32 = ModelConfig.tiny("deepseek_v32", **stated)
+    assert (v32.rope_interleave, v32.indexer_rope_interleave, v32.mlp_bias) == (True, False, False)
+    assert ModelConfig.tiny("deepseek_v3", rope_interleave=False).rope_interleave is False
+    v4 = ModelConfig.tiny("deepseek_v4", norm_topk_prob=False, n_shared_experts=2, n_group=4)
+    assert (v4.norm_topk_prob, v4.n_shared_experts, v4.n_group) == (True, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,10 @@ YARN = {
 }  # fmt: skip
 VARIANTS = {
     "v32-yarn": ("deepseek_v32", {"rope_parameters": YARN}),
-    "v32-biases": ("deepseek_v32", {"attention_bias": True, "n_group": 1, "topk_group": 1, "norm_topk_prob": False}),
+    "v32-biases": (
+        "deepseek_v32",
+        {"attention_bias": True, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "rope_interleave": False},
+    ),
     "v32-tied": (
         "deepseek_v32",
         {"tie_word_embeddings": True, "index_topk": 17, "index_n_heads": 3, "index_head_dim": 8},
