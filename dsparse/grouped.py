@@ -1,7 +1,8 @@
-"""Mixture-of-experts products for XLA: rows padded to blocks that belong to one expert each, then batched products.
+"""Mixture-of-experts products for XLA: rows padded to blocks that belong to one expert each, some blocks a turn.
 
 `jax.lax.ragged_dot` costs about one dense product per group on CPU and expands densely on GPUs without a kernel.
-Here the work is that of the rows plus at most one block of padding a group.
+Here the work is that of the rows plus at most one block of padding a group, and memory that of one turn: nothing of
+the size of all padded rows is ever written, which on a CPU would cost more in page faults than the products.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from dsparse.reference import dequantize, gradient_once, swiglu
 
-GATHERED_BYTES = 64 << 20  # weights copied for one batched product; more are taken in turns
+COPIED_BYTES = 5 << 19  # weights copied for one turn's batched product on a CPU: they stay in its cache
+ON_ACCELERATORS = 24  # times as many, so that products are large
 FEW_ROWS = 32  # up to here (decode) every row gets a copy of its own expert's weights and nothing is sorted
 
 
@@ -29,18 +31,167 @@ class Experts(NamedTuple):
     gate_up_scale_inv: Shaped[Array, "E 2 Fb Db"] | None = None
     down_scale_inv: Shaped[Array, "E Db Fb"] | None = None
 
+    def of(self, group: Int[Array, " b"], dtype) -> tuple[Float[Array, "b _ D"], Float[Array, "b D F"]]:
+        """Gate with up, and down, of these experts, in floating point."""
+        gate_up, down, *scales = jax.tree.map(lambda a: a[group], tuple(self))
+        gate_up, down = (dequantize(w, s, dtype) for w, s in zip((gate_up, down), scales, strict=True))
+        return gate_up.reshape(len(group), -1, gate_up.shape[-1]), down  # merged: one plain batched product
 
-class Blocks(NamedTuple):
-    """Rows laid out in blocks of one group each."""
 
-    group: Int[Array, " blocks"]
-    source: Int[Array, " slots"]  # the row that fills each slot, -1: padding
-    slot: Int[Array, " M"]  # where each row went, -1: nowhere
+class Turns(NamedTuple):
+    """Rows in blocks of one group each, some blocks a turn; only the first `count` turns hold any row."""
+
+    group: Int[Array, "turns b"]
+    source: Int[Array, "turns b m"]  # the row that fills each place of a block, -1: none
+    count: Int[Array, ""]
+
+
+def block_size(rows: int, groups: int) -> int:
+    """Rows a block: up to half the mean group, so that padding stays well below the work, and what keeps a core busy."""
+    return 1 << max(0, min(7, (rows // (2 * groups)).bit_length() - 1))
+
+
+def in_turns(group: Int[Array, " M"], weights) -> Turns:
+    """Rows laid out by group; a row of a group past the last belongs to nobody.
+
+    weights: any tree of arrays [groups, ...] of which a turn copies one for each of its blocks.
+    """
+    rows, held = group.shape[0], jax.tree.leaves(weights)
+    groups = held[0].shape[0]
+    size = block_size(rows, groups)
+    blocks = min(rows, rows // size + groups)
+    budget = COPIED_BYTES * (1 if jax.default_backend() == "cpu" else ON_ACCELERATORS)
+    at_once = max(1, min(blocks, budget // _bytes_of_one(weights)))
+    turns = -(-blocks // at_once)
+    counts = jnp.bincount(group, length=groups + 1)[:groups]
+    needed = -(-counts // size)
+    first_row, block_end = jnp.cumsum(counts) - counts, jnp.cumsum(needed)
+    block = jnp.arange(turns * at_once)
+    block_group = jnp.minimum(jnp.searchsorted(block_end, block, side="right"), groups - 1)
+    within = (block - (block_end - needed)[block_group])[:, None] * size + jnp.arange(size)
+    order = jnp.argsort(group, stable=True)
+    row = order[jnp.minimum(first_row[block_group][:, None] + within, rows - 1)]
+    source = jnp.where(within < counts[block_group][:, None], row, -1)
+    return Turns(
+        block_group.reshape(turns, at_once), source.reshape(turns, at_once, size), -(-block_end[-1] // at_once)
+    )
+
+
+def _bytes_of_one(weights) -> int:
+    return sum(w[0].size * w.dtype.itemsize for w in jax.tree.leaves(weights))
+
+
+def _at(table: Shaped[Array, "M *row"], index: Int[Array, "*batch"]) -> Shaped[Array, "*batch *row"]:
+    """Rows of the table; the first one where the index is -1."""
+    return table.at[jnp.maximum(index, 0)].get(mode="promise_in_bounds")
+
+
+def expert_mlp(
+    x: Float[Array, "T D"],
+    choice: Int[Array, "T K"],
+    weights: Float[Array, "T K"],
+    experts: Experts,
+    limit: float | None = None,
+) -> Float[Array, "T D"]:
+    """Sum over each token's chosen experts, weighted; choice E (one past the last) adds nothing. Exact, no capacity."""
+    groups, group = experts.gate_up.shape[0], choice.reshape(-1)
+    if group.size > FEW_ROWS or group.size * _bytes_of_one(experts) > COPIED_BYTES * ON_ACCELERATORS:
+        return _experts_in_turns(limit, x, weights, in_turns(group, experts), experts)
+    gate_up, down = experts.of(jnp.minimum(group, groups - 1), x.dtype)
+    weights = jnp.where(choice < groups, weights, 0).reshape(-1, 1, 1)
+    hidden = jnp.einsum("bmd,bfd->bmf", jnp.repeat(x, choice.shape[1], axis=0)[:, None], gate_up)
+    hidden = _activate(gradient_once(hidden), limit) * weights.astype(x.dtype)  # narrower than the output
+    return jnp.sum(jnp.einsum("bmf,bdf->bmd", hidden, down).reshape(*choice.shape, -1), axis=1)
+
+
+def _activate(gate_up: Float[Array, "b m _"], limit: float | None) -> Float[Array, "b m F"]:
+    return swiglu(*jnp.split(gate_up, 2, axis=-1), limit)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _experts_in_turns(limit, x, weights, turns: Turns, experts: Experts) -> Float[Array, "T D"]:
+    """Each token's weighted results, summed in float32. The backward pass starts again from x and keeps nothing else."""
+
+    def turn(i, total):
+        rows, weight, token, (gate_up, down) = _turn(i, x, weights, turns, experts)
+        hidden = _activate(jnp.einsum("bmd,bfd->bmf", rows, gate_up), limit) * weight
+        return _add_rows(total, token, jnp.einsum("bmf,bdf->bmd", hidden, down))
+
+    return jax.lax.fori_loop(0, turns.count, turn, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
+
+
+def _turn(i, x, weights, turns: Turns, experts: Experts):
+    """Rows of turn i and their weights (0 where a block has none), whose tokens they are, and their experts."""
+    source = turns.source[i]
+    token = jnp.maximum(source, 0) // weights.shape[1]
+    weight = jnp.where(source < 0, 0, _at(weights.reshape(-1), source))[..., None].astype(x.dtype)
+    return _at(x, token), weight, token, experts.of(turns.group[i], x.dtype)
+
+
+def _add_rows(table: Float[Array, "T D"], index: Int[Array, "b m"], rows: Float[Array, "b m D"]) -> Float[Array, "T D"]:
+    return table.at[index].add(rows.astype(table.dtype), mode="promise_in_bounds")
+
+
+def _experts_backward(limit, residuals, d_out):
+    x, weights, turns, experts = residuals
+    trained = experts.gate_up_scale_inv is None  # weights in 8 or 4 bits have no gradient
+
+    def turn(i, sums):
+        d_x, d_weights, d_experts = sums
+        rows, weight, token, (gate_up, down) = _turn(i, x, weights, turns, experts)
+        hidden, back = jax.vjp(functools.partial(_activate, limit=limit), jnp.einsum("bmd,bfd->bmf", rows, gate_up))
+        d_rows = _at(d_out, token)
+        d_hidden = jnp.einsum("bmd,bdf->bmf", d_rows, down)
+        d_weight = jnp.sum((d_hidden * hidden).astype(jnp.float32), axis=-1)
+        place = jnp.where(turns.source[i] < 0, d_weights.size, turns.source[i])
+        d_weights = d_weights.at[place].set(d_weight, mode="drop")
+        (d_gate_up,) = back(d_hidden * weight)
+        d_gate_up = jax.lax.optimization_barrier(d_gate_up)  # read twice, once transposed
+        if trained:
+            products = (d_gate_up, rows), (d_rows, hidden * weight)
+            d_experts = tuple(
+                total.at[turns.group[i]].add(jnp.einsum("bmf,bmd->bfd", *pair, preferred_element_type=jnp.float32))
+                for total, pair in zip(d_experts, products, strict=True)
+            )
+        return _add_rows(d_x, token, jnp.einsum("bmf,bfd->bmd", d_gate_up, gate_up)), d_weights, d_experts
+
+    shapes = ((w.shape[0], w[0].size // w.shape[-1], w.shape[-1]) for w in experts[:2])
+    d_experts = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes) if trained else ()
+    start = jnp.zeros(x.shape, jnp.float32), jnp.zeros(weights.size, jnp.float32), d_experts
+    d_x, d_weights, d_experts = jax.lax.fori_loop(0, turns.count, turn, start)
+    if trained:
+        pairs = zip(d_experts, experts[:2], strict=True)
+        d_experts = Experts(*(d.reshape(w.shape).astype(w.dtype) for d, w in pairs))
+    return d_x.astype(x.dtype), d_weights.reshape(weights.shape).astype(weights.dtype), None, d_experts or None
+
+
+_experts_in_turns.defvjp(lambda limit, *args: (_experts_in_turns(limit, *args), args), _experts_backward)
+
+
+def grouped_matmul(
+    x: Float[Array, "M D"], weights: Float[Array, "E F D"], group_sizes: Int[Array, " E"]
+) -> Float[Array, "M F"]:
+    """Rows sorted by group times their group's matrix transposed; rows past the last group give 0."""
+    rows = x.shape[0]
+    group = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows), side="right")
+    turns = in_turns(group, weights)
+
+    @jax.checkpoint  # the backward pass copies weights again, turn by turn
+    def turn(args):
+        source, group = args
+        return jnp.einsum("bmd,bfd->bmf", _at(x, source), weights[group].astype(x.dtype))
+
+    out = jax.lax.map(turn, (turns.source, turns.group)).reshape(-1, weights.shape[1])
+    place = jnp.where(turns.source < 0, rows, turns.source).reshape(-1)
+    return jnp.zeros((rows, out.shape[-1]), out.dtype).at[place].set(out, mode="drop")
+
+
+# ---- rows without padding, for kernels ------------------------------------------------------------------------------
 
 
 def take_rows(x: Float[Array, "M D"], index: Int[Array, "..."]) -> Float[Array, "... D"]:
     """Rows of x; 0 where the index is -1."""
-    return jnp.where((index >= 0)[..., None], x[jnp.maximum(index, 0)], 0)
+    return jnp.where((index >= 0)[..., None], _at(x, index), 0)
 
 
 @jax.custom_vjp
@@ -72,98 +223,6 @@ spread.defvjp(lambda x, source, slot: (spread(x, source, slot), (source, slot)),
 collect.defvjp(lambda y, source, slot: (collect(y, source, slot), (source, slot)), _collect_bwd)
 
 
-def block_size(rows: int, groups: int) -> int:
-    """Rows a block: up to half the mean group, so that padding stays well below the work, and what keeps a core busy."""
-    return 1 << max(0, min(7, (rows // (2 * groups)).bit_length() - 1))
-
-
-def sorted_blocks(group: Int[Array, " M"], groups: int) -> Blocks:
-    """Lay out rows by group (group number `groups`: the row belongs to nobody)."""
-    rows = group.shape[0]
-    size = block_size(rows, groups)
-    blocks = min(rows, rows // size + groups)
-    counts = jnp.bincount(group, length=groups + 1)[:groups]
-    ends, blocks_end = jnp.cumsum(counts), jnp.cumsum(-(-counts // size))
-    first_slot = (blocks_end - -(-counts // size)) * size
-    order = jnp.argsort(group, stable=True)
-    block_group = jnp.minimum(jnp.searchsorted(blocks_end, jnp.arange(blocks), side="right"), groups - 1)
-    slot_group = jnp.repeat(block_group, size)
-    within = jnp.arange(blocks * size) - first_slot[slot_group]
-    filled = within < counts[slot_group]
-    source = jnp.where(filled, order[jnp.minimum((ends - counts)[slot_group] + within, rows - 1)], -1)
-    inverse = jnp.zeros(rows, order.dtype).at[order].set(jnp.arange(rows), unique_indices=True)
-    clipped = jnp.minimum(group, groups - 1)
-    slot = jnp.where(group < groups, first_slot[clipped] + inverse - (ends - counts)[clipped], -1)
-    return Blocks(block_group, source, slot)
-
-
-def in_turns(fn: Callable, rows, group: Int[Array, " b"], weights) -> Float[Array, "b m F"]:
-    """fn(rows, weights of each block's group), so many blocks at a time that the copied weights stay small.
-
-    rows: any tree of [b, m, ...].
-    """
-    count, held = group.shape[0], jax.tree.leaves(weights)
-    bytes_a_block = sum(w[0].size * w.dtype.itemsize for w in held)
-    turns = min(count, max(1, -(-count * bytes_a_block // GATHERED_BYTES)))
-
-    def some(rows, group):
-        return fn(rows, jax.tree.map(lambda w: w[group], weights))
-
-    if turns == 1:
-        return some(rows, group)
-    one = functools.partial(jax.tree.map, lambda a: a[None])
-
-    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
-    def block(args):  # the backward pass copies weights again, turn by turn
-        return some(*one(args))[0]
-
-    return jax.lax.map(block, (rows, group), batch_size=count // turns)
-
-
-def swiglu_experts(
-    rows: tuple[Float[Array, "b m D"], Float[Array, "b m"]], experts: Experts, limit: float | None
-) -> Float[Array, "b m D"]:
-    """Block b of rows and their weights through its own expert b."""
-    rows, weights = rows
-    gate_up = dequantize(experts.gate_up, experts.gate_up_scale_inv, rows.dtype)
-    gate_up = gate_up.reshape(
-        gate_up.shape[0], -1, gate_up.shape[-1]
-    )  # one plain batched product: XLA's fast path on CPU
-    gate, up = jnp.split(gradient_once(jnp.einsum("bmd,bfd->bmf", rows, gate_up)), 2, axis=-1)
-    down = dequantize(experts.down, experts.down_scale_inv, rows.dtype)
-    hidden = swiglu(gate, up, limit) * weights[..., None].astype(rows.dtype)  # narrower than the output
-    return gradient_once(jnp.einsum("bmf,bdf->bmd", hidden, down))
-
-
-def expert_mlp(
-    x: Float[Array, "T D"],
-    choice: Int[Array, "T K"],
-    weights: Float[Array, "T K"],
-    experts: Experts,
-    limit: float | None = None,
-) -> Float[Array, "T D"]:
-    """Sum over each token's chosen experts, weighted; choice E (one past the last) adds nothing. Exact, no capacity."""
-    groups, (tokens, chosen) = experts.gate_up.shape[0], choice.shape
-    mlp = functools.partial(swiglu_experts, limit=limit)
-    group = choice.reshape(-1)
-    if group.size > FEW_ROWS:
-        return _padded_experts(mlp, x, weights, sorted_blocks(group, groups), experts)
-    weights = jnp.where(choice < groups, weights, 0).reshape(-1, 1)
-    rows = jnp.repeat(x, chosen, axis=0)[:, None]
-    out = in_turns(mlp, (rows, weights), jnp.minimum(group, groups - 1), experts)
-    return jnp.sum(out.reshape(tokens, chosen, -1), axis=1)
-
-
-@functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable, static_argnums=0)
-def _padded_experts(mlp, x, weights, blocks: Blocks, experts: Experts) -> Float[Array, "T D"]:
-    """Each token's weighted results. The backward pass copies rows and weights into blocks again, nothing keeps them."""
-    slot, count = blocks.slot.reshape(weights.shape), blocks.group.shape[0]
-    rows = spread(x, blocks.source, slot).reshape(count, -1, x.shape[-1])
-    weights = spread(weights.reshape(-1, 1), blocks.source, blocks.slot[:, None]).reshape(count, -1)
-    out = in_turns(mlp, (rows, weights), blocks.group, experts)
-    return collect(out.reshape(-1, x.shape[-1]), blocks.source, slot)
-
-
 def sorted_expert_mlp(
     x: Float[Array, "T D"],
     choice: Int[Array, "T K"],
@@ -183,16 +242,3 @@ def sorted_expert_mlp(
     hidden = swiglu_rows(spread(x, order, place), experts, sizes)
     hidden *= spread(weights.reshape(-1, 1), order, place.reshape(-1, 1)).astype(hidden.dtype)
     return collect(down_rows(hidden, experts, sizes), order, place)
-
-
-def grouped_matmul(
-    x: Float[Array, "M D"], weights: Float[Array, "E F D"], group_sizes: Int[Array, " E"]
-) -> Float[Array, "M F"]:
-    """Rows sorted by group times their group's matrix transposed; rows past the last group give 0."""
-    rows, groups = x.shape[0], weights.shape[0]
-    group = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows), side="right")
-    blocks = sorted_blocks(group, groups)
-    slot = blocks.slot[:, None]
-    padded = spread(x, blocks.source, slot).reshape(blocks.group.shape[0], -1, x.shape[-1])
-    out = in_turns(lambda a, w: jnp.einsum("bmd,bfd->bmf", a, w.astype(a.dtype)), padded, blocks.group, weights)
-    return collect(out.reshape(blocks.source.shape[0], -1), blocks.source, slot)

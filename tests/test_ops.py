@@ -34,7 +34,7 @@ sorted_by_reference = functools.partial(
 )
 
 
-@pytest.mark.parametrize("formulation", [grouped.expert_mlp, sorted_by_reference], ids=["padded blocks", "sorted rows"])
+@pytest.mark.parametrize("formulation", [grouped.expert_mlp, sorted_by_reference], ids=["blocks in turns", "sorted rows"])
 @pytest.mark.parametrize("tokens", [1, 3, 9, 70])
 @pytest.mark.parametrize("chosen", [1, 3])
 def test_experts_equal_the_dense_computation(formulation, tokens, chosen):
@@ -60,7 +60,7 @@ def test_weights_are_copied_in_turns(monkeypatch):
     x, experts = jax.random.normal(keys[0], (50, 16)), random_experts(keys[1])
     choice, weights = jax.random.randint(keys[2], (50, 2), 0, 5), jnp.ones((50, 2))
     whole = grouped.expert_mlp(x, choice, weights, experts)
-    monkeypatch.setattr(grouped, "GATHERED_BYTES", 3 * 4 * 16 * 24 * 3)
+    monkeypatch.setattr(grouped, "COPIED_BYTES", 3 * 4 * 16 * 24 * 3)
     np.testing.assert_allclose(grouped.expert_mlp(x, choice, weights, experts), whole, atol=1e-6)
 
 
