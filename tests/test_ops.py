@@ -34,7 +34,9 @@ sorted_by_reference = functools.partial(
 )
 
 
-@pytest.mark.parametrize("formulation", [grouped.expert_mlp, sorted_by_reference], ids=["blocks in turns", "sorted rows"])
+@pytest.mark.parametrize(
+    "formulation", [grouped.expert_mlp, sorted_by_reference], ids=["blocks in turns", "sorted rows"]
+)
 @pytest.mark.parametrize("tokens", [1, 3, 9, 70])
 @pytest.mark.parametrize("chosen", [1, 3])
 def test_experts_equal_the_dense_computation(formulation, tokens, chosen):
