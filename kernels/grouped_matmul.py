@@ -12,7 +12,6 @@ instruction) and rows its right operand, whose size goes in steps of 8. So a gro
 group run side by side, so that a weight is read from device memory once.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -26,29 +25,15 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
 from jaxtyping import Array, Float, Int
 
-from dsparse.kernels import mosaic
+from dsparse.kernels import mosaic, tilings
 from dsparse.kernels.grouped_matmul_wgrad import grouped_wgrad
+from dsparse.kernels.tilings import RowTiling
 
 SM_COUNT = 132
 TILE_K = 64  # 128 bytes of bfloat16: one swizzle row
 ROW_ALIGNMENT = 8  # TMA addresses a tile by whole swizzle atoms of 8 rows
 ROW_STEP = 16  # rows of a group's tiles are multiples of this
-WIDTHS = (64, 128, 192, 224, 256, 272)  # rows a tile may be multiplied with, besides the tiling's most
-BOXES = (64, 128, 256)  # rows a load may take, besides the tiling's most
 LEAST_WIDTH, WIDTH_STEP = 128, 64  # what F and D are filled up to with zeros
-STAGED_ROWS = 64  # rows of the output that pass through shared memory at once
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """Output columns and most rows (over both multiplying warpgroups) of a tile; stages of the load pipeline."""
-
-    columns: int
-    rows: int
-    stages: int
-
-
-TALL = Tiling(columns=128, rows=288, stages=4)
 
 
 def row_tiles(
@@ -144,12 +129,6 @@ def _check(x: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> None:
         raise NotImplementedError(f"grouped matmul kernel needs a row, F and D, not {x.shape} and {weights.shape}")
 
 
-def _tiling(out_columns: int, swiglu: bool) -> Tiling:
-    if swiglu:
-        return dataclasses.replace(TALL, columns=TALL.columns // 2)
-    return TALL
-
-
 def _whole_tiles(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """With zeros up to multiples of 64 from 128 along these axes."""
     extra = [max(LEAST_WIDTH, mosaic.round_up(size, WIDTH_STEP)) - size for size in x.shape]
@@ -166,7 +145,7 @@ def _rows_times_weights(
 ):
     """The kernel over rows padded to what it needs (no copy when M is a multiple of 8 and a tile)."""
     out_columns = weights.shape[-1] if transposed else weights.shape[-2]
-    tiling = _tiling(out_columns, swiglu)
+    tiling = tilings.GROUPED["bfloat16 swiglu" if swiglu else "bfloat16"]
     rows = max(mosaic.round_up(x.shape[0], ROW_ALIGNMENT), tiling.rows)
     out = _tiles_kernel(
         _padded(x, rows),
@@ -276,6 +255,9 @@ def _swiglu_bwd(limit, interpret, residuals, dy):
 _swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
+@functools.partial(
+    jax.jit, static_argnames=("out_columns", "transposed", "swiglu", "limit", "tiling", "interpret")
+)  # lowered once a program
 def _tiles_kernel(
     x: Float[Array, "M K"],
     weights: Float[Array, "E ..."],
@@ -285,7 +267,7 @@ def _tiles_kernel(
     transposed: bool,
     swiglu: bool,
     limit: float | None,
-    tiling: Tiling,
+    tiling: RowTiling,
     interpret: bool,
 ) -> Float[Array, "M out_columns"]:
     """The persistent kernel.
@@ -298,15 +280,13 @@ def _tiles_kernel(
     steps = depth // TILE_K
     loaded_columns = tiling.columns * (2 if swiglu else 1)
     column_tiles = mosaic.cdiv(out_columns, tiling.columns)
-    widths = [*(width for width in WIDTHS if width < tiling.rows), tiling.rows]
     stages = tiling.stages
     layout = mosaic.swizzled(x.dtype)
     tiles, count = row_tiles(group_sizes, rows, tiling.rows)
     # Two blocks with neighbouring columns share the rows they load. (Interpret mode knows no clusters.)
-    cluster = 1 if column_tiles % 2 or interpret else 2
+    cluster = 1 if column_tiles % tiling.cluster or interpret else tiling.cluster
     column_groups = column_tiles // cluster
     blocks = min(SM_COUNT // cluster, tiles.shape[0] * column_groups)
-    boxes = [*(rows for rows in BOXES if rows < tiling.rows), tiling.rows]
 
     def kernel(tiles_g, count_g, x_g, w_g, o_g, x_s, w_s, o_s, full, empty):
         sm, wg = lax.axis_index("sm"), lax.axis_index("wg")
@@ -332,7 +312,7 @@ def _tiles_kernel(
                 def _():
                     plgpu.barrier_wait(empty.at[slot])
 
-                for fewer, size in zip([0, *boxes], boxes, strict=False):
+                for fewer, size in zip((0, *tiling.boxes), tiling.boxes, strict=False):
 
                     @pl.when((wanted_rows > fewer) & (wanted_rows <= size))
                     def _(size=size):
@@ -377,8 +357,8 @@ def _tiles_kernel(
 
                 @pl.when(at >= wanted)
                 def _(value=value, at=at):
-                    for c in range(0, value.shape[1], STAGED_ROWS):
-                        size = min(STAGED_ROWS, value.shape[1] - c)
+                    for c in range(0, value.shape[1], tiling.staged_rows):
+                        size = min(tiling.staged_rows, value.shape[1] - c)
                         row = base + skipped + c
                         staged = o_s.at[wg, pl.ds(0, size)]
                         part = plgpu.layout_cast(value[:, c : c + size], plgpu.Layout.WGMMA_TRANSPOSED)
@@ -414,7 +394,7 @@ def _tiles_kernel(
                 plgpu.barrier_arrive(empty.at[lax.rem(step + steps - 1, stages)])
                 return values
 
-            for narrower, width in zip([0, *widths], widths, strict=False):
+            for narrower, width in zip((0, *tiling.widths), tiling.widths, strict=False):
 
                 @pl.when((wanted_width > narrower) & (wanted_width <= width))
                 def _(width=width):
@@ -454,7 +434,7 @@ def _tiles_kernel(
 
         @pl.when(wg < 2)
         def _():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(tiling.registers, action="increase")
             lax.fori_loop(0, trips, multiply, jnp.int32(0))
 
     w_shape = (TILE_K, tiling.columns) if transposed else (loaded_columns, TILE_K)
@@ -464,7 +444,7 @@ def _tiles_kernel(
         scratch_types=[
             plgpu.SMEM((stages, tiling.rows, TILE_K), x.dtype, transforms=layout),
             plgpu.SMEM((stages, *w_shape), x.dtype, transforms=layout),
-            plgpu.SMEM((2, STAGED_ROWS, 64), x.dtype, transforms=layout),
+            plgpu.SMEM((2, tiling.staged_rows, 64), x.dtype, transforms=layout),
             plgpu.Barrier(num_arrivals=3 if swiglu else 2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages)
             if cluster == 1

@@ -5,7 +5,7 @@ output's transpose; warpgroups share its rows. e4m3 products of 128 elements are
 (the tensor cores keep fewer bits), 64 columns at a time, so that they fit in registers beside the sums of all.
 """
 
-import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,49 +14,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from dsparse.kernels import mosaic
+from dsparse.kernels import mosaic, tilings
 from dsparse.kernels.grouped_matmul import ROW_ALIGNMENT, SM_COUNT, _padded, _store_rows, row_tiles
+from dsparse.kernels.tilings import RowTiling
 
 TILE_K = 128  # one swizzle row, and the block that shares a scale
-COLUMNS = 128
+COLUMNS = 128  # that share a scale
 E4M3_MAX = 448.0
 WGMMA_COLUMNS = 64  # of the left operand of one instruction
-STAGED_ROWS = 32  # rows of the output that pass through shared memory at once
-STAGES = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """How many warpgroups share a tile's rows, and the sizes that are compiled."""
-
-    warpgroups: int  # that multiply
-    widths: tuple[int, ...]  # rows a tile may be multiplied with; the last is the most rows of a tile
-    boxes: tuple[int, ...]  # rows a load may take; the last is the most rows of a tile
-    scale_boxes: tuple[tuple[int, int], ...]  # (first, rows) of the loads of row scales: at most 256, 128-byte aligned
-    registers: int
-    cluster: int  # blocks with neighbouring columns that share the rows they load
-
-    @property
-    def rows(self) -> int:
-        return self.widths[-1]
-
-
-FP8 = Tiling(
-    warpgroups=2,
-    widths=(64, 128, 192, 256),
-    boxes=(256,),
-    scale_boxes=((0, 256),),
-    registers=240,
-    cluster=2,
-)
-INT8 = Tiling(
-    warpgroups=3,
-    widths=(48, 96, 144, 192, 240, 288),  # wgmma's integers take multiples of 16 rows
-    boxes=(96, 192, 288),
-    scale_boxes=((0, 160), (160, 128)),
-    registers=160,
-    cluster=1,
-)
 
 
 def quantize_rows(x: Float[Array, "M D"]) -> tuple[Float[Array, "M D"], Float[Array, "M D_blocks"]]:
@@ -93,7 +58,8 @@ def grouped_matmul_fp8(
     blocks = mosaic.cdiv(width, COLUMNS), mosaic.cdiv(depth, TILE_K)
     _check_scale("x_scale", x_scale, (x.shape[0], blocks[1]))
     _check_scale("w_scale", w_scale, (groups, *parts, *blocks))
-    rows = _padded_rows(x.shape[0], FP8)
+    tiling = tilings.GROUPED["float8_e4m3fn"]
+    rows = _padded_rows(x.shape[0], tiling)
     weights = _filled(weights, (-2, -1))
     out = _product(
         _padded(_filled(x, (-1,)), rows),
@@ -101,8 +67,8 @@ def grouped_matmul_fp8(
         weights.reshape(groups, -1, weights.shape[-1]),
         w_scale.reshape(groups, -1, blocks[1]),
         group_sizes,
-        FP8,
-        interpret,
+        tiling=tiling,
+        interpret=interpret,
     )
     return out[: x.shape[0]].reshape(x.shape[0], *parts, -1)[..., :width]
 
@@ -128,12 +94,15 @@ def grouped_matmul_int8(
         )
     _check_scale("x_scale", x_scale, x.shape[:1])
     _check_scale("w_scale", w_scale, weights.shape[:2])
-    rows = _padded_rows(x.shape[0], INT8)
+    tiling = tilings.GROUPED["int8"]
+    rows = _padded_rows(x.shape[0], tiling)
     x_scale = _padded(x_scale[:, None], rows).T
-    return _product(_padded(x, rows), x_scale, weights, w_scale, group_sizes, INT8, interpret)[: x.shape[0]]
+    x_rows = _padded(x, rows)
+    out = _product(x_rows, x_scale, weights, w_scale, group_sizes, tiling=tiling, interpret=interpret)
+    return out[: x.shape[0]]
 
 
-def _padded_rows(rows: int, tiling: Tiling) -> int:
+def _padded_rows(rows: int, tiling: RowTiling) -> int:
     return max(mosaic.round_up(rows, ROW_ALIGNMENT), tiling.rows)
 
 
@@ -155,11 +124,12 @@ def _check_scale(name: str, scale, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must be float32{list(shape)}, not {scale.dtype}{list(scale.shape)}")
 
 
-def _product(x, x_scale, weights, w_scale, group_sizes, tiling: Tiling, interpret: bool) -> Float[Array, "M F"]:
+@functools.partial(jax.jit, static_argnames=("tiling", "interpret"))  # lowered once a program
+def _product(x, x_scale, weights, w_scale, group_sizes, *, tiling: RowTiling, interpret: bool) -> Float[Array, "M F"]:
     """`x_scale` is [D / 128, M] (e4m3) or [1, M] (int8)."""
     rows, depth = x.shape
     groups, width, _ = weights.shape
-    steps, column_tiles = depth // TILE_K, width // COLUMNS
+    steps, column_tiles = depth // TILE_K, width // tiling.columns
     blockwise = x.dtype == jnp.float8_e4m3fn
     layout = mosaic.swizzled(x.dtype)
     row_layout, column_layout = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -183,10 +153,10 @@ def _product(x, x_scale, weights, w_scale, group_sizes, tiling: Tiling, interpre
             wanted_rows = tiles_g[tile, 3] - base
 
             def fetch(k, _):
-                slot = lax.rem(step + k, STAGES)
+                slot = lax.rem(step + k, tiling.stages)
                 depth_slice = pl.ds(k * TILE_K, TILE_K)
 
-                @pl.when(step + k >= STAGES)
+                @pl.when(step + k >= tiling.stages)
                 def _():
                     plgpu.barrier_wait(empty.at[slot])
 
@@ -205,7 +175,7 @@ def _product(x, x_scale, weights, w_scale, group_sizes, tiling: Tiling, interpre
                 for at, size in tiling.scale_boxes:
                     source = xs_g.at[k if blockwise else 0, pl.ds(base + at, size)]
                     plgpu.copy_gmem_to_smem(source, xs_s.at[slot, pl.ds(at, size)], full.at[slot])
-                column = pl.ds(column_tile * COLUMNS, COLUMNS)
+                column = pl.ds(column_tile * tiling.columns, tiling.columns)
                 plgpu.copy_gmem_to_smem(w_g.at[group, column, depth_slice], w_s.at[slot], full.at[slot])
                 return ()
 
@@ -217,8 +187,8 @@ def _product(x, x_scale, weights, w_scale, group_sizes, tiling: Tiling, interpre
             """value: [columns, rows], from `column` and `skipped` rows behind the tile's base on."""
             base, first, end = (tiles_g[tile, c] for c in (1, 2, 3))
             for j in range(0, value.shape[0], 64):
-                for c in range(0, value.shape[1], STAGED_ROWS):
-                    size = min(STAGED_ROWS, value.shape[1] - c)
+                for c in range(0, value.shape[1], tiling.staged_rows):
+                    size = min(tiling.staged_rows, value.shape[1] - c)
                     row = base + skipped + c
                     staged = o_s.at[wg, pl.ds(0, size)]
                     part = plgpu.layout_cast(value[j : j + 64, c : c + size], plgpu.Layout.WGMMA_TRANSPOSED)
@@ -233,12 +203,12 @@ def _product(x, x_scale, weights, w_scale, group_sizes, tiling: Tiling, interpre
 
             def blockwise_sums(skipped, size):
                 """Of 64 columns each, and the `size` rows behind the first `skipped`."""
-                columns = range(0, COLUMNS, WGMMA_COLUMNS)
+                columns = range(0, tiling.columns, WGMMA_COLUMNS)
 
                 def body(k, carry):
                     sums, w_factor = carry
                     next_factor = ws_g[group, column_tile, jnp.minimum(k + 1, steps - 1)]
-                    slot = lax.rem(step + k, STAGES)
+                    slot = lax.rem(step + k, tiling.stages)
                     plgpu.barrier_wait(full.at[slot])
                     new, scale = [], None
                     for column, total in zip(columns, sums, strict=True):
@@ -265,24 +235,24 @@ def _product(x, x_scale, weights, w_scale, group_sizes, tiling: Tiling, interpre
 
                 def scoped(acc):
                     def body(k, _):
-                        slot = lax.rem(step + k, STAGES)
+                        slot = lax.rem(step + k, tiling.stages)
                         plgpu.barrier_wait(full.at[slot])
                         plgpu.wgmma(acc, w_s.at[slot], x_s.at[slot, pl.ds(skipped, size)].transpose((1, 0)))
                         plgpu.wgmma_wait(1)
 
                         @pl.when(k > 0)
                         def _():
-                            plgpu.barrier_arrive(empty.at[lax.rem(step + k + STAGES - 1, STAGES)])
+                            plgpu.barrier_arrive(empty.at[lax.rem(step + k + tiling.stages - 1, tiling.stages)])
 
                         return ()
 
                     lax.fori_loop(0, steps, body, ())
                     return acc[...]
 
-                total = pl.run_scoped(scoped, plgpu.ACC((COLUMNS, size), jnp.int32)).astype(jnp.float32)
-                slot = lax.rem(step + steps - 1, STAGES)
+                total = pl.run_scoped(scoped, plgpu.ACC((tiling.columns, size), jnp.int32)).astype(jnp.float32)
+                slot = lax.rem(step + steps - 1, tiling.stages)
                 x_factor = plgpu.load(xs_s.at[slot, pl.ds(skipped, size)], layout=column_layout)
-                channels = ws_g.at[group, pl.ds(column_tile * COLUMNS, COLUMNS)]
+                channels = ws_g.at[group, pl.ds(column_tile * tiling.columns, tiling.columns)]
                 w_factor = plgpu.load(channels, layout=row_layout, optimized=False)
                 plgpu.barrier_arrive(empty.at[slot])
                 total = total * lax.broadcast_in_dim(x_factor, total.shape, [1])
@@ -295,13 +265,13 @@ def _product(x, x_scale, weights, w_scale, group_sizes, tiling: Tiling, interpre
                     size = rows_of_tile // tiling.warpgroups
                     skipped = wg * size
                     for column, total in (blockwise_sums if blockwise else channel_sums)(skipped, size):
-                        store(total.astype(jnp.bfloat16), tile, column_tile * COLUMNS + column, skipped)
+                        store(total.astype(jnp.bfloat16), tile, column_tile * tiling.columns + column, skipped)
 
             @pl.when(outside)
             def _():
                 size = tiling.rows // tiling.warpgroups
-                zeros = plgpu.layout_cast(jnp.zeros((COLUMNS, size), jnp.bfloat16), plgpu.Layout.WGMMA)
-                store(zeros, tile, column_tile * COLUMNS, wg * size)
+                zeros = plgpu.layout_cast(jnp.zeros((tiling.columns, size), jnp.bfloat16), plgpu.Layout.WGMMA)
+                store(zeros, tile, column_tile * tiling.columns, wg * size)
 
             return step + jnp.where(outside, 0, steps)
 
@@ -312,10 +282,10 @@ def _product(x, x_scale, weights, w_scale, group_sizes, tiling: Tiling, interpre
             if cluster > 1:
                 # The other block's last reads of what was shared: it still signals this block's barriers.
                 def drain(step, _):
-                    plgpu.barrier_wait(empty.at[lax.rem(step, STAGES)])
+                    plgpu.barrier_wait(empty.at[lax.rem(step, tiling.stages)])
                     return ()
 
-                lax.fori_loop(jnp.maximum(steps_taken - STAGES, 0), steps_taken, drain, ())
+                lax.fori_loop(jnp.maximum(steps_taken - tiling.stages, 0), steps_taken, drain, ())
 
         @pl.when(wg < tiling.warpgroups)
         def _():
@@ -326,15 +296,17 @@ def _product(x, x_scale, weights, w_scale, group_sizes, tiling: Tiling, interpre
         kernel,
         out_type=jax.ShapeDtypeStruct((rows, width), jnp.bfloat16),
         scratch_types=[
-            plgpu.SMEM((STAGES, tiling.rows, TILE_K), x.dtype, transforms=layout),
-            plgpu.SMEM((STAGES, tiling.rows), jnp.float32),
-            plgpu.SMEM((STAGES, COLUMNS, TILE_K), x.dtype, transforms=layout),
-            plgpu.SMEM((tiling.warpgroups, STAGED_ROWS, 64), jnp.bfloat16, transforms=mosaic.swizzled(jnp.bfloat16)),
-            plgpu.Barrier(num_arrivals=2 + len(tiling.scale_boxes), num_barriers=STAGES),
-            plgpu.Barrier(num_arrivals=tiling.warpgroups, num_barriers=STAGES)
+            plgpu.SMEM((tiling.stages, tiling.rows, TILE_K), x.dtype, transforms=layout),
+            plgpu.SMEM((tiling.stages, tiling.rows), jnp.float32),
+            plgpu.SMEM((tiling.stages, tiling.columns, TILE_K), x.dtype, transforms=layout),
+            plgpu.SMEM(
+                (tiling.warpgroups, tiling.staged_rows, 64), jnp.bfloat16, transforms=mosaic.swizzled(jnp.bfloat16)
+            ),
+            plgpu.Barrier(num_arrivals=2 + len(tiling.scale_boxes), num_barriers=tiling.stages),
+            plgpu.Barrier(num_arrivals=tiling.warpgroups, num_barriers=tiling.stages)
             if cluster == 1
             else plgpu.ClusterBarrier(
-                collective_axes=("cluster",), num_arrivals=tiling.warpgroups, num_barriers=STAGES
+                collective_axes=("cluster",), num_arrivals=tiling.warpgroups, num_barriers=tiling.stages
             ),
         ],
         grid=(blocks,),

@@ -1,5 +1,7 @@
 """Weight gradient of a grouped matmul on Hopper: out[e] = dy[rows of e].T @ x[rows of e], zeros if there are none."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -7,16 +9,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from dsparse.kernels import mosaic, simt
+from dsparse.kernels import mosaic, simt, tilings
 from dsparse.kernels.simt import U32
+from dsparse.kernels.tilings import WeightTiling
 
 SM_COUNT = 132
-TILE_ROWS = 64  # rows of a group multiplied at once
 ROW_ALIGNMENT = 8  # TMA addresses a tile by whole swizzle atoms of 8 rows
-TILE_F = 128
-WG_F = TILE_F // 2  # of a multiplying warpgroup
-STAGES = 4
-STAGED = 2  # boxes of 64 columns that a warpgroup stores at once
 
 
 def _clear_rows(tile, low, high, width: int, interpret: bool) -> None:
@@ -53,16 +51,21 @@ def grouped_wgrad(
 
     `x` may hold anything past the last group's rows; `dy` must be finite there.
     """
+    return _wgrad(dy, x, group_sizes, tiling=tilings.weight_gradient(x.shape[1]), interpret=interpret)
+
+
+@functools.partial(jax.jit, static_argnames=("tiling", "interpret"))  # lowered once a program
+def _wgrad(dy, x, group_sizes, *, tiling: WeightTiling, interpret: bool) -> Float[Array, "E F D"]:
     rows, width_f = dy.shape
     width_d = x.shape[1]
     groups = group_sizes.shape[0]
-    tile_d = 256 if width_d >= 256 else 128
-    wg_d = tile_d // 2
-    tiles_f, tiles_d = mosaic.cdiv(width_f, TILE_F), mosaic.cdiv(width_d, tile_d)
+    tile_f, tile_d, tile_rows = tiling.columns_f, tiling.columns_d, tiling.rows
+    wg_f, wg_d = tile_f // 2, tile_d // 2
+    tiles_f, tiles_d = mosaic.cdiv(width_f, tile_f), mosaic.cdiv(width_d, tile_d)
     total = groups * tiles_f * tiles_d
     blocks = min(SM_COUNT, total)
     layout = mosaic.swizzled(x.dtype)
-    stores = [range(box, min(box + STAGED, tile_d // 64)) for box in range(0, tile_d // 64, STAGED)]
+    stores = [range(box, min(box + tiling.staged, tile_d // 64)) for box in range(0, tile_d // 64, tiling.staged)]
 
     def kernel(ends_g, dy_g, x_g, o_g, dy_s, x_s, o_s, full, cleared, empty):
         sm, wg = lax.axis_index("sm"), lax.axis_index("wg")
@@ -71,30 +74,30 @@ def grouped_wgrad(
         def locate(i):
             index = sm + i * blocks
             group, tile = lax.div(index, tiles_f * tiles_d), lax.rem(index, tiles_f * tiles_d)
-            wanted = lax.div(tile, tiles_d) * TILE_F, lax.rem(tile, tiles_d) * tile_d
-            at_f = pl.multiple_of(jnp.minimum(wanted[0], width_f - TILE_F), 64)
+            wanted = lax.div(tile, tiles_d) * tile_f, lax.rem(tile, tiles_d) * tile_d
+            at_f = pl.multiple_of(jnp.minimum(wanted[0], width_f - tile_f), 64)
             at_d = pl.multiple_of(jnp.minimum(wanted[1], width_d - tile_d), 64)
             start = jnp.where(group == 0, 0, ends_g[jnp.maximum(group - 1, 0)])
             end = ends_g[group]
             first = lax.div(start, ROW_ALIGNMENT) * ROW_ALIGNMENT
-            steps = jnp.where(end > start, lax.div(end - first + TILE_ROWS - 1, TILE_ROWS), 0)
+            steps = jnp.where(end > start, lax.div(end - first + tile_rows - 1, tile_rows), 0)
             return group, wanted, (at_f, at_d), (start, first, end), steps
 
         def chunk(k, first):
-            return pl.multiple_of(jnp.minimum(first + k * TILE_ROWS, rows - TILE_ROWS), ROW_ALIGNMENT)
+            return pl.multiple_of(jnp.minimum(first + k * tile_rows, rows - tile_rows), ROW_ALIGNMENT)
 
         def load(i, step):
             _, _, (at_f, at_d), (_, first, _), steps = locate(i)
 
             def fetch(k, _):
-                slot = lax.rem(step + k, STAGES)
-                row = pl.ds(chunk(k, first), TILE_ROWS)
+                slot = lax.rem(step + k, tiling.stages)
+                row = pl.ds(chunk(k, first), tile_rows)
 
-                @pl.when(step + k >= STAGES)
+                @pl.when(step + k >= tiling.stages)
                 def _():
                     plgpu.barrier_wait(empty.at[slot])
 
-                plgpu.copy_gmem_to_smem(dy_g.at[row, pl.ds(at_f, TILE_F)], dy_s.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(dy_g.at[row, pl.ds(at_f, tile_f)], dy_s.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(x_g.at[row, pl.ds(at_d, tile_d)], x_s.at[slot], full.at[slot])
                 return ()
 
@@ -102,12 +105,12 @@ def grouped_wgrad(
             return step + steps
 
         def free(step):
-            plgpu.barrier_arrive(empty.at[lax.rem(step, STAGES)])
+            plgpu.barrier_arrive(empty.at[lax.rem(step, tiling.stages)])
 
         def store(i, value, boxes):
             """Of tile i, some of its boxes of 64 columns."""
             group, wanted, (at_f, at_d), _, _ = locate(i)
-            row = pl.multiple_of(at_f + wg * WG_F, WG_F)
+            row = pl.multiple_of(at_f + wg * wg_f, wg_f)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for stage, box in enumerate(boxes):
                 o_s[wg, stage] = value[:, 64 * box : 64 * (box + 1)]
@@ -117,26 +120,26 @@ def grouped_wgrad(
 
                 @pl.when((column >= wanted[1]) & (row >= wanted[0]))
                 def _(stage=stage, column=column):
-                    plgpu.copy_smem_to_gmem(o_s.at[wg, stage], o_g.at[group, pl.ds(row, WG_F), pl.ds(column, 64)])
+                    plgpu.copy_smem_to_gmem(o_s.at[wg, stage], o_g.at[group, pl.ds(row, wg_f), pl.ds(column, 64)])
 
         def multiply(i, step):
             _, _, _, (start, first, end), steps = locate(i)
 
             def product(acc):
                 def body(k, _):
-                    slot = lax.rem(step + k, STAGES)
+                    slot = lax.rem(step + k, tiling.stages)
                     base = chunk(k, first)
-                    low, high = jnp.maximum(start, first + k * TILE_ROWS) - base, end - base
+                    low, high = jnp.maximum(start, first + k * tile_rows) - base, end - base
                     plgpu.barrier_wait(full.at[slot])
 
-                    @pl.when((low > 0) | (high < TILE_ROWS))
+                    @pl.when((low > 0) | (high < tile_rows))
                     def _():
                         _clear_rows(x_s.at[slot, :, pl.ds(wg * wg_d, wg_d)], low, high, tile_d, interpret)
                         plgpu.commit_smem()
                         plgpu.barrier_arrive(cleared)
                         plgpu.barrier_wait(cleared)
 
-                    left = dy_s.at[slot, :, pl.ds(wg * WG_F, WG_F)].transpose((1, 0))
+                    left = dy_s.at[slot, :, pl.ds(wg * wg_f, wg_f)].transpose((1, 0))
                     plgpu.wgmma(acc, left, x_s.at[slot])
                     plgpu.wgmma_wait(1)
                     pl.when(k > 0)(lambda: free(step + k - 1))
@@ -145,7 +148,7 @@ def grouped_wgrad(
                 lax.fori_loop(0, steps, body, ())
                 return acc[...].astype(x.dtype)
 
-            value = pl.run_scoped(product, plgpu.ACC((WG_F, tile_d), jnp.float32))
+            value = pl.run_scoped(product, plgpu.ACC((wg_f, tile_d), jnp.float32))
             pl.when(steps > 0)(lambda: free(step + steps - 1))
             for boxes in stores:
                 store(i, value, boxes)
@@ -166,12 +169,12 @@ def grouped_wgrad(
         kernel,
         out_type=jax.ShapeDtypeStruct((groups, width_f, width_d), x.dtype),
         scratch_types=[
-            plgpu.SMEM((STAGES, TILE_ROWS, TILE_F), x.dtype, transforms=layout),
-            plgpu.SMEM((STAGES, TILE_ROWS, tile_d), x.dtype, transforms=layout),
-            plgpu.SMEM((2, STAGED, WG_F, 64), x.dtype, transforms=layout),
-            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            plgpu.SMEM((tiling.stages, tile_rows, tile_f), x.dtype, transforms=layout),
+            plgpu.SMEM((tiling.stages, tile_rows, tile_d), x.dtype, transforms=layout),
+            plgpu.SMEM((2, tiling.staged, wg_f, 64), x.dtype, transforms=layout),
+            plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages),
             plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages),
         ],
         grid=(blocks,),
         grid_names=("sm",),

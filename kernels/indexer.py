@@ -17,14 +17,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from dsparse.kernels import mosaic
+from dsparse.kernels import mosaic, tilings
 from dsparse.kernels.topk import topk
 
 SM_COUNT = 132
-TILE_COLUMNS = 256  # queries x heads of a block
-WG_KEYS = 64
-TILE_KEYS = 2 * WG_KEYS
-STAGES = 4
+TILE_COLUMNS, TILE_KEYS, STAGES = tilings.INDEXER
+WG_KEYS = TILE_KEYS // 2
 FEWEST_HEADS = 16  # with fewer, the logits of the many queries of a block would not fit into shared memory
 WIDEST = 128
 LOGITS_BYTES = 1 << 30  # memory for the logits of one chunk of queries

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from . import accumulators, mosaic, rows
+from . import accumulators, mosaic, rows, tilings
 from .sparse_attention_forward import HALF, HEADS, LOG2_E, V_DIM
 
 STEP = rows.ROWS  # keys of a loop step
@@ -44,8 +44,7 @@ def backward(q, kv, indices, steps, dout, lse, delta, unit, *, scale: float, det
     tail = tuple(range(8, head_dim // rows.CHUNK))
     parts = (rows.Part(0, tuple(range(4))), rows.Part(0, tuple(range(4, 8)) + tail))
     layout = plgpu.Layout.WGMMA
-    # Columns of dKV at once: as many as registers allow beside those of dQ.
-    left_columns, right_columns = 128, 64 if has_tail else 128
+    left_columns, right_columns = tilings.SPARSE_BACKWARD_COLUMNS[head_dim]
 
     def spread(vector, like, dim):
         return lax.broadcast_in_dim(vector, like.shape, [dim])

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from . import accumulators, mosaic, rows
+from . import accumulators, mosaic, rows, tilings
 
 HEADS = 64  # of a block
 STEP = 2 * rows.ROWS  # keys of a loop step
@@ -62,8 +62,7 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
     blocks = min(items, num_blocks)
     has_tail = head_dim > V_DIM
     parts = gather_parts(head_dim)
-    # Of 504: what each warpgroup needs. Dequantizing takes more than copying.
-    registers = (216, 208, 80) if kv.dtype == jnp.uint8 else (224, 216, 64)
+    registers = tilings.SPARSE_FORWARD_REGISTERS[kv.dtype.name]
     layout = plgpu.Layout.WGMMA
 
     def spread(vector, like, dim):

@@ -1,9 +1,12 @@
 """The kernels' signatures, computed by the plain references: for testing on the CPU what stands between them and models."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from dsparse import gathered, reference
+from dsparse.kernels import tilings
 from dsparse.kernels.grouped_matmul_quantized import quantize_rows
 
 
@@ -106,3 +109,15 @@ def backward(q, kv, indices, steps, dout, lse, delta, unit, *, scale, determinis
     zeros = jnp.zeros(kv.shape, jnp.float32)
     dkv = jax.vmap(lambda t, i, r: t.at[i].add(r, mode="drop"))(zeros, target, drows)
     return dq.astype(q.dtype).reshape(-1, *q.shape[2:]), dkv
+
+
+def small_tilings() -> dict[str, tilings.RowTiling]:
+    """In the place of `tilings.GROUPED`: tiles small enough to interpret, in heights that all kernels take."""
+    widths = {"int8": (48, 96), "float8_e4m3fn": (32, 64)}
+    small = {}
+    for name, tiling in tilings.GROUPED.items():
+        heights = widths.get(name, (32,))
+        scales = ((0, heights[-1]),) if tiling.scale_boxes else ()
+        sizes = {"widths": heights, "boxes": heights, "scale_boxes": scales}
+        small[name] = dataclasses.replace(tiling, **sizes, stages=2)
+    return small

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import stand_ins
 
 from dsparse.kernels import grouped_matmul as gm
 from dsparse.kernels import grouped_matmul_quantized as quantized
-from dsparse.kernels import mosaic
+from dsparse.kernels import mosaic, tilings
 
 SIZES = [5, 0, 60, 31]  # of 112 rows: empty, ragged, and a tail past the last group
 ROWS = 112
@@ -19,11 +20,7 @@ ROWS = 112
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles small enough to interpret; several to a group."""
-    monkeypatch.setattr(gm, "TALL", dataclasses.replace(gm.TALL, rows=32, stages=2))
-    monkeypatch.setattr(quantized, "STAGES", 2)
-    for name, widths in {"FP8": (32, 64), "INT8": (48, 96)}.items():
-        small = {"widths": widths, "boxes": widths, "scale_boxes": ((0, widths[-1]),)}
-        monkeypatch.setattr(quantized, name, dataclasses.replace(getattr(quantized, name), **small))
+    monkeypatch.setattr(tilings, "GROUPED", stand_ins.small_tilings())
     with mosaic.assume_hopper():
         yield
 
@@ -133,6 +130,11 @@ def test_compiles_as_it_runs():
     check_compiled(gm.grouped_matmul, shape(65536, 7168), shape(256, 2048, 7168), shape(256, dtype=jnp.int32))
 
 
+def highest_only() -> dict[str, tilings.RowTiling]:
+    """The table with one height of a tile each: the highest uses the most registers."""
+    return {name: dataclasses.replace(tiling, widths=tiling.widths[-1:]) for name, tiling in tilings.GROUPED.items()}
+
+
 def backward(function):
     def run(x, weights, sizes, dy):
         return jax.vjp(lambda x, w: function(x, w, sizes), x, weights)[1](dy)
@@ -151,7 +153,7 @@ def backward(function):
     ],
 )
 def test_compiles(monkeypatch, function, rows, weights):
-    monkeypatch.setattr(gm, "WIDTHS", (64,))  # fewer heights of a tile: the highest uses the most registers
+    monkeypatch.setattr(tilings, "GROUPED", highest_only())
     sizes = shape(weights[0], dtype=jnp.int32)
     extra = () if function in (gm.grouped_matmul, gm.grouped_swiglu) else (shape(rows, weights[-2]),)
     check_compiled(function, shape(rows, weights[-1]), shape(*weights), sizes, *extra)
@@ -160,8 +162,7 @@ def test_compiles(monkeypatch, function, rows, weights):
 @pytest.mark.parametrize("name", ["fp8", "int8"])
 def test_quantized_compiles(monkeypatch, name):
     fp8 = name == "fp8"
-    tiling = getattr(quantized, name.upper())
-    monkeypatch.setattr(quantized, name.upper(), dataclasses.replace(tiling, widths=tiling.widths[-1:]))
+    monkeypatch.setattr(tilings, "GROUPED", highest_only())
     dtype = jnp.float8_e4m3fn if fp8 else jnp.int8
     scales = ((4096, 4), (16, 8, 4)) if fp8 else ((4096,), (16, 1024))
     check_compiled(

@@ -1,7 +1,5 @@
 """What the entries of the kernels add to arguments until they fit: against references, without a GPU."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,7 @@ import stand_ins
 from dsparse import gathered, reference
 from dsparse.kernels import grouped_matmul as gm
 from dsparse.kernels import grouped_matmul_quantized as quantized
-from dsparse.kernels import indexer, mosaic
+from dsparse.kernels import indexer, mosaic, tilings
 from dsparse.kernels import sparse_attention as sparse
 
 SIZES = [5, 0, 9]
@@ -20,10 +18,7 @@ SIZES = [5, 0, 9]
 @pytest.fixture(autouse=True)
 def small_and_hopper(monkeypatch):
     """Tiles small enough to interpret."""
-    monkeypatch.setattr(gm, "TALL", dataclasses.replace(gm.TALL, rows=32, stages=2))
-    monkeypatch.setattr(quantized, "STAGES", 2)
-    small = {"widths": (32, 64), "boxes": (32, 64), "scale_boxes": ((0, 64),)}
-    monkeypatch.setattr(quantized, "FP8", dataclasses.replace(quantized.FP8, **small))
+    monkeypatch.setattr(tilings, "GROUPED", stand_ins.small_tilings())
     with mosaic.assume_hopper():
         yield
 
