@@ -91,6 +91,7 @@ def convert(
         raise DsparseError(f"format {format!r} is not supported (known: {', '.join(FORMATS)})")
     if quantization is not None:
         raise DsparseError(f"quantization {quantization!r} is not supported")
+    saving.check_target(destination, force)
     with checkpoint.files as files, concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         plan = make_plan(files, checkpoint.config, checkpoint.layout, checkpoint.origin, parse_dtype(dtype))
         files.once = True
@@ -98,7 +99,7 @@ def convert(
         options = {"format": format, "dtype": dtype, "max_shard_size": job.max_shard_size}
         work = job.write_native if format == "dsparse" else job.write_huggingface
         total = sum(p.nbytes for p in plan.parameters)
-        with _partial(checkpoint, source, destination, options, total, force) as partial:
+        with _partial(checkpoint, source, destination, options, total) as partial:
             work(partial)
     warn_nonfinite(files)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -111,12 +112,11 @@ def convert(
 
 @contextlib.contextmanager
 def _partial(
-    checkpoint: Checkpoint, source: Path, destination: Path, options: dict[str, Any], total: int, force: bool
+    checkpoint: Checkpoint, source: Path, destination: Path, options: dict[str, Any], total: int
 ) -> Iterator[Path]:
     """The folder to build in, with what an interrupted run of the same conversion left; renamed at the end."""
     partial = partial_folder(destination)
     journal = json.dumps({"source": str(source.absolute()), "files": _fingerprint(checkpoint), **options})
-    saving.check_target(destination, force)
     partial.mkdir(parents=True, exist_ok=True)
     with (partial / JOURNAL).open("a+") as file:
         try:

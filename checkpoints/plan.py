@@ -28,6 +28,7 @@ from dsparse.params import PACKED_FP4, QUANTIZED
 logger = logging.getLogger("dsparse.checkpoints")
 
 _NARROW = {np.dtype(wide): np.dtype(wide.replace("64", "32")) for wide in ("float64", "int64", "uint64")}
+INTEGER_PARAMETER = ".tid2eid"  # the one kind of parameter that holds no floating-point numbers
 SCALE = "_scale_inv"  # what DeepSeek appends to the name of an FP8 weight for its block scales
 
 
@@ -252,6 +253,10 @@ def _storage(
         if layer >= layers:
             continue  # reported as unexpected
         stored = sorted({files.tensors[name].dtype for name in tensors.values()}, key=str)
+        name = next(iter(tensors.values()))
+        if (wanted := _wrong_kind(path, stored)) is not None:
+            complaints.append(f"{name} is {stored[0]} where the model needs {wanted}")
+            continue
         held = jnp.dtype(_NARROW.get(stored[0], stored[0]))  # JAX has 32 bits unless asked for more
         if jnp.issubdtype(stored[0], jnp.integer) and stored[0] != PACKED_FP4:
             if held != stored[0]:
@@ -261,12 +266,20 @@ def _storage(
                 continue  # the model's dtype decides
             held = jnp.dtype(dtype)  # the layer has an embedding or head of its own
         elif held != stored[0]:
-            complaints.append(f"{next(iter(tensors.values()))} is {stored[0]}, more than JAX keeps: load with a dtype")
+            complaints.append(f"{name} is {stored[0]}, more than JAX keeps: load with a dtype")
         elif len(stored) > 1:
             names = ", ".join(f"{files.tensors[n].dtype} {n}" for n in sorted(tensors.values(), key=natural)[:2])
             complaints.append(f"one parameter is stored in different dtypes ({names}): load with a dtype")
         storage[layer][path] = held
     return storage, complaints
+
+
+def _wrong_kind(path: str, stored: list[np.dtype]) -> str | None:
+    """What kind of numbers a parameter needs, if it is stored as another; packed FP4 looks like integers."""
+    floating = all(jnp.issubdtype(dtype, jnp.floating) or dtype == PACKED_FP4 for dtype in stored)
+    if path.endswith(INTEGER_PARAMETER):
+        return None if all(jnp.issubdtype(dtype, jnp.integer) for dtype in stored) else "integers"
+    return None if floating else "floating point"
 
 
 def _compare(files, layout, parameters, sources, rules, slots, origin) -> list[str]:

@@ -189,23 +189,31 @@ def list_safetensors(folder: Path) -> dict[str, TensorInfo]:
     return {info.name: info for info in read_header(file)}
 
 
-def _list_sharded(folder: Path, index: Path) -> dict[str, TensorInfo]:
+def read_index(index: Path) -> tuple[list[str], list[str]]:
+    """The files and the tensors that an index lists."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(weight_map.values()))
+        files = sorted({str(file) for file in weight_map.values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DsparseError(f"{index}: not a safetensors index (no readable weight_map: {error!r})") from error
+        raise DsparseError(f"{index}: not an index of weights (no readable weight_map: {error!r})") from error
+    return files, list(weight_map)
+
+
+def _list_sharded(folder: Path, index: Path) -> dict[str, TensorInfo]:
+    files, names = read_index(index)
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise DsparseError(f"{folder}: {shorten(missing, 'missing file')}; {index.name} names them")
     tensors, errors = {}, []
     for name in files:
         try:
-            tensors |= {info.name: info for info in read_header(folder / name)}
+            for info in read_header(folder / name):
+                if (first := tensors.setdefault(info.name, info)) is not info:
+                    errors.append(f"{folder}: tensor {info.name} is in both {first.file.name} and {name}")
         except DsparseError as error:
             errors.append(str(error))
     if errors:
-        raise DsparseError("; ".join(errors))
-    if absent := sorted(set(weight_map) - set(tensors)):
+        raise DsparseError("; ".join(errors[:3]) + (f" and {len(errors) - 3} more" if len(errors) > 3 else ""))
+    if absent := sorted(set(names) - set(tensors)):
         raise DsparseError(f"{index}: {shorten(absent, 'tensor')} listed but not in the files")
     return tensors
 
@@ -225,23 +233,37 @@ def read_header(file: Path) -> Iterator[TensorInfo]:
         header = json.loads(text)
         header.pop("__metadata__", None)
         entries = [
-            (name, DTYPES.get(e["dtype"], e["dtype"]), tuple(e["shape"]), *e["data_offsets"])
+            (name, DTYPES.get(e["dtype"], e["dtype"]), _whole(e["shape"]), _whole(e["data_offsets"]))
             for name, e in header.items()
         ]
+        if any(len(offsets) != 2 for *_, offsets in entries):
+            raise ValueError("data_offsets")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DsparseError(f"{file}: not a safetensors file (unreadable header)") from error
     infos = []
-    for name, dtype, shape, begin, end in entries:
+    for name, dtype, shape, (begin, end) in entries:
         if not isinstance(dtype, np.dtype):
             raise DsparseError(f"{file}: tensor {name} has dtype {dtype}, which is not supported")
         infos.append(info := TensorInfo(name, dtype, shape, file, 8 + length + begin))
         if info.nbytes != end - begin:
             stated = f"its header says {end - begin}"
             raise DsparseError(f"{file}: tensor {name} of shape {list(shape)} takes {info.nbytes} bytes, {stated}")
-    needed = max((info.offset + info.nbytes for info in infos), default=8 + length)
-    if needed > size:
-        raise DsparseError(f"{file}: truncated, {size} bytes of {needed}; copy it again")
+    needed = 8 + length
+    for info in sorted(infos, key=lambda info: (info.offset, info.nbytes)):
+        if info.offset != needed:
+            raise DsparseError(f"{file}: not a safetensors file (tensor {info.name} does not begin where another ends)")
+        needed += info.nbytes
+    if needed != size:
+        state = "truncated" if needed > size else "longer than its header says"
+        raise DsparseError(f"{file}: {state}, {size} bytes of {needed}; copy it again")
     return iter(infos)
+
+
+def _whole(numbers: Iterable[object]) -> tuple[int, ...]:
+    """Sizes or offsets as a header states them; ValueError if they are none."""
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError(numbers)
+    return tuple(numbers)
 
 
 def shorten(names: Iterable[str], what: str, limit: int = 3) -> str:

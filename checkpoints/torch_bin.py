@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dsparse.checkpoints.tensorfiles import DTYPES, TensorFiles, TensorInfo, has_nonfinite, shorten
+from dsparse.checkpoints.tensorfiles import DTYPES, TensorFiles, TensorInfo, has_nonfinite, read_index, shorten
 from dsparse.errors import DsparseError
 
 
@@ -48,9 +47,7 @@ def open_pickles(folder: Path) -> PickledTensors:
             f"{folder}: reading .bin files needs torch, which is not installed (pip install torch)"
         ) from error
     index = folder / "pytorch_model.bin.index.json"
-    names = (
-        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["pytorch_model.bin"]
-    )
+    names = read_index(index)[0] if index.is_file() else ["pytorch_model.bin"]
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise DsparseError(f"{folder}: {shorten(missing, 'missing file')}")
     values: dict[str, Any] = {}
@@ -68,6 +65,8 @@ def open_pickles(folder: Path) -> PickledTensors:
             loaded = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises many kinds: bad zip, bad pickle, refused class
             raise DsparseError(f"{folder / name}: torch cannot read it ({str(error).splitlines()[0]})") from error
+        if not isinstance(loaded, dict):
+            raise DsparseError(f"{folder / name}: holds a {type(loaded).__name__}, not tensors by name")
         for key, value in loaded.items():
             if not isinstance(value, torch.Tensor) or value.dtype not in dtypes:
                 raise DsparseError(f"{folder / name}: entry {key} is not a tensor of a supported dtype")

@@ -21,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     # A run of hours says at once what serves it; elsewhere it would stand in the middle of the text.
     logging.getLogger("dsparse.ops").setLevel(logging.INFO if argv[:1] == ["train"] else logging.WARNING)
+    # What a checkpoint holds beside the model matters to those who convert it, not before every answer.
+    logging.getLogger("dsparse.checkpoints").setLevel(logging.INFO if argv[:1] == ["convert"] else logging.WARNING)
     if argv[:1] == ["train"]:  # has a parser of its own, one option for each field of its config
         from dsparse.training import main as train
 
@@ -77,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="perplexity on a .txt, .jsonl or .npy file")
     _add_model(evaluate)
     evaluate.add_argument("--data", required=True, metavar="FILE")
-    evaluate.add_argument("--context-length", type=int, default=1024, help="tokens a window (default: 1024)")
+    evaluate.add_argument("--context-length", type=int, help="tokens a window (default: 1024, or all the model takes)")
     evaluate.add_argument("--batch-size", type=int, default=4, help="windows at once (default: 4)")
     evaluate.set_defaults(run=run_eval)
 
@@ -132,6 +134,8 @@ def run_generate(arguments: argparse.Namespace) -> None:
     if not ids:
         raise DsparseError("--prompt is empty: give at least one token of text")
     model = _load(arguments)
+    if len(ids) > (limit := model.config.max_position_embeddings):
+        raise DsparseError(f"--prompt has {len(ids)} tokens, more than the model's max_position_embeddings ({limit})")
     stream = None if arguments.json else _Stream(tokenizer, set(model.config.eos_token_id), arguments.prompt)
     acceptance = []
     new = generate(
@@ -176,10 +180,13 @@ def run_eval(arguments: argparse.Namespace) -> None:
 
     model = _load(arguments)
     tokens = read_tokens(arguments.data, arguments.path, model.config)
+    limit = model.config.max_position_embeddings
+    if (length := min(1024, limit) if arguments.context_length is None else arguments.context_length) > limit:
+        raise DsparseError(f"--context-length {length} exceeds the model's max_position_embeddings ({limit})")
     result = evaluate(
         model,
         tokens,
-        context_length=arguments.context_length,
+        context_length=length,
         batch_size=arguments.batch_size,
         progress=not arguments.json,
     )

@@ -43,10 +43,13 @@ def evaluate(
     Every token but the first is predicted exactly once, from at most `context_length` tokens before it in its window.
 
     Raises:
-        DsparseError: fewer than two tokens, or an id outside the vocabulary.
+        DsparseError: fewer than two tokens, an id outside the vocabulary, or no room in a window or a batch.
     """
     from tqdm import tqdm
 
+    for name, value in (("context_length", context_length), ("batch_size", batch_size)):
+        if value < 1:
+            raise DsparseError(f"{name} must be at least 1, found {value}")
     if np.size(tokens) < 2:
         raise DsparseError(f"evaluation needs at least two tokens, found {np.size(tokens)}")
     tokens = check_tokens(np.asarray(tokens)[None], model.config.vocab_size)[0]
@@ -84,12 +87,9 @@ def read_tokens(file: str, model_folder: str, config: ModelConfig) -> Int[np.nda
     """All tokens of a .txt, .jsonl or .npy file, one document after the other.
 
     Raises:
-        DsparseError: as `dsparse.training.data.read_data`.
+        DsparseError: as `dsparse.training.data.read_files`.
     """
-    from dsparse.training.data import Stream, read_data
+    from dsparse.training.data import read_files
 
-    rows = read_data(
-        [file], model_folder, length=1, batch_size=1, seed=0, vocab_size=config.vocab_size, eos=config.eos_token_id
-    )
-    parts = [[s.tokens] if isinstance(s, Stream) else [ids for ids, _ in s.examples] for s in rows.sources]
-    return np.concatenate([np.asarray(ids, np.int32) for part in parts for ids in part])
+    arrays, examples = read_files([file], model_folder, config.vocab_size, config.eos_token_id)
+    return np.concatenate([np.asarray(ids, np.int32) for ids in (*arrays, *(ids for ids, _ in examples))])

@@ -34,7 +34,15 @@ class Tokenizer:
         self._chat = None
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids; `special` adds what the tokenizer puts around a sequence, such as a first token."""
+        """Token ids; `special` adds what the tokenizer puts around a sequence, such as a first token.
+
+        Raises:
+            DsparseError: the text holds half a character (a lone surrogate, as JSON can spell it).
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DsparseError(f"text cannot be encoded: {text[error.start]!r} at character {error.start}") from error
         return self._tokenizer.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -12,6 +12,9 @@ import dsparse
 from dsparse import dispatch
 from dsparse.cli import main
 from dsparse.evaluate import evaluate, windows
+from dsparse.tokenizer import Tokenizer
+
+TEXT = DEMO.parent / "text.txt"
 
 
 def run(capsys, *argv):
@@ -62,6 +65,16 @@ def test_eval_equals_the_mean_loss_of_the_windows(capsys, tmp_path):
     assert result["perplexity"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
 
 
+def test_eval_reads_examples_whole(capsys, tmp_path):
+    """Prompt and completion, and conversations, count with all their tokens."""
+    tokenizer = Tokenizer(DEMO)
+    prompt, completion = "In the beginning God created", " the heaven and the earth."
+    count = len(tokenizer.encode(prompt)) + len(tokenizer.encode(completion, special=False)) + 1
+    (tmp_path / "one.jsonl").write_text(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
+    status, out, _ = run(capsys, "eval", DEMO, "--data", tmp_path / "one.jsonl", "--json", "--dtype", "float32")
+    assert status == 0 and json.loads(out)["tokens"] == count - 1
+
+
 def test_windows_predict_every_token_once():
     tokens = np.arange(1000)
     seen = np.zeros(1000)
@@ -86,6 +99,11 @@ def test_evaluation_needs_two_tokens():
         (["generate", DEMO, "--prompt", "a", "--dtype", "int4"], "dtype 'int4' is not supported"),
         (["generate", DEMO, "--prompt", "a", "--mesh", "rows=2"], "mesh 'rows=2'"),
         (["generate", DEMO, "--prompt", "a", "--mesh", "data=64"], "needs 64 devices"),
+        (["generate", DEMO, "--prompt", "king " * 2100], "--prompt has 21"),
+        (["generate", DEMO, "--prompt", "half a \udcff"], "text cannot be encoded: '\\udcff' at character 7"),
+        (["eval", DEMO, "--data", TEXT, "--context-length", 0], "context_length must be at least 1, found 0"),
+        (["eval", DEMO, "--data", TEXT, "--context-length", 9999], "exceeds the model's max_position_embeddings"),
+        (["eval", DEMO, "--data", TEXT, "--batch-size", 0], "batch_size must be at least 1, found 0"),
         (["eval", DEMO, "--data", "no-such-file.txt"], "no-such-file.txt: not found"),
         (["generate", DEMO, "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
         (["generate", DEMO, "--prompt", "a", "--temperature", "-1"], "temperature -1.0 is out of range"),

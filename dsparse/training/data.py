@@ -171,6 +171,29 @@ def read_data(
         DsparseError: a file is missing, empty, undecodable or of unknown kind; a JSONL line lacks its fields; a token
             id is outside the vocabulary; or everything together is shorter than one row.
     """
+    arrays, examples = read_files(files, model_folder, vocab_size, eos)
+    sources: list[Stream | Examples] = [Stream(tokens, length, eos) for tokens in arrays]
+    if examples:
+        sources.append(Examples(_learnable(examples, length), length))
+    batches = Batches([source for source in sources if len(source)], batch_size, seed, _fingerprint(sources, length))
+    if not batches.rows and arrays:
+        tokens = sum(map(len, arrays))
+        raise DsparseError(
+            f"{', '.join(files)}: {tokens} tokens, less than one row of {length + 1}; add data or lower sequence_length"
+        )
+    if not batches.rows:
+        raise DsparseError(f"{', '.join(files)}: no example has anything to learn in its first {length + 1} tokens")
+    return batches
+
+
+def read_files(
+    files: Sequence[str], model_folder: str, vocab_size: int, eos: Sequence[int]
+) -> tuple[list[Integer[np.ndarray, " tokens"]], list[tuple[list[int], list[bool]]]]:
+    """Documents one after the other, as arrays of tokens; and examples, with what is learned of them.
+
+    Raises:
+        DsparseError: as `read_data`, but for the length.
+    """
     loaded: list[Tokenizer] = []
 
     def tokenizer() -> Tokenizer:
@@ -180,31 +203,25 @@ def read_data(
             loaded.append(Tokenizer(model_folder))
         return loaded[0]
 
-    reading, sources = _Reading(tokenizer, eos, [], []), []
+    reading, arrays = _Reading(tokenizer, eos, [], []), []
     for name in files:
         file = Path(name)
         if not file.is_file():
             raise DsparseError(f"{file}: not found")
         if file.suffix == ".npy":
-            sources.append(Stream(read_token_array(file, vocab_size), length, eos))
+            arrays.append(read_token_array(file, vocab_size))
         elif file.suffix in (".txt", ".md"):
             reading.text.append(_document(reading, read_text(file)))
         elif file.suffix == ".jsonl":
             _read_jsonl(file, reading)
         else:
             raise DsparseError(f"{file}: unknown kind of data (known: .txt, .md, .jsonl, .npy)")
+    for ids in (*reading.text, *(ids for ids, _ in reading.examples)):
+        if len(ids) and (high := int(np.max(ids))) >= vocab_size:  # a tokenizer may belong to another model
+            raise DsparseError(f"{model_folder}: its tokenizer gives token id {high}, outside the model's {vocab_size}")
     if reading.text:
-        sources.append(Stream(np.concatenate(reading.text), length, eos))
-    if reading.examples:
-        sources.append(Examples(_learnable(reading.examples, length), length))
-    _check_ids(sources, vocab_size, model_folder)
-    batches = Batches([source for source in sources if len(source)], batch_size, seed, _fingerprint(sources, length))
-    if not batches.rows:
-        tokens = sum(len(source.tokens) for source in sources if isinstance(source, Stream))
-        raise DsparseError(
-            f"{', '.join(files)}: {tokens} tokens, less than one row of {length + 1}; add data or lower sequence_length"
-        )
-    return batches
+        arrays.append(np.concatenate(reading.text))
+    return arrays, reading.examples
 
 
 def read_text(file: Path) -> str:
@@ -301,17 +318,6 @@ def _learnable(examples: list[tuple[list[int], list[bool]]], length: int) -> lis
             len(examples), cut, len(examples) - len(kept),
         )  # fmt: skip
     return kept
-
-
-def _check_ids(sources: Sequence[Stream | Examples], vocab_size: int, model_folder: str) -> None:
-    """Tokenized text must stay inside the vocabulary too: a tokenizer may belong to another model."""
-    for source in sources:
-        arrays = [tokens for tokens, _ in source.examples] if isinstance(source, Examples) else [source.tokens]
-        for tokens in arrays:
-            if not isinstance(tokens, np.memmap) and len(tokens) and (high := int(np.max(tokens))) >= vocab_size:
-                raise DsparseError(
-                    f"{model_folder}: its tokenizer gives token id {high}, outside the model's {vocab_size}"
-                )
 
 
 def _fingerprint(sources: Sequence[Stream | Examples], length: int) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from published import make, raw_tensors, tensors, write
+from safetensors.torch import load_file, save_file
 
 import dsparse
 from dsparse.checkpoints import saving
@@ -63,7 +64,7 @@ def test_missing_index(tmp_path: Path):
 def test_unreadable_index(tmp_path: Path):
     source = make(tmp_path / "sharded", shards=2)
     (source / "model.safetensors.index.json").write_text("{")
-    assert "not a safetensors index" in message_of(dsparse.from_pretrained, source)
+    assert "not an index of weights" in message_of(dsparse.from_pretrained, source)
 
 
 def test_index_lists_a_tensor_that_is_not_there(tmp_path: Path):
@@ -99,6 +100,52 @@ def test_header_of_impossible_sizes(source: Path):
     header = json.dumps({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}).encode()
     (source / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     assert "tensor a of shape [3] takes 12 bytes, its header says 8" in message_of(dsparse.from_pretrained, source)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": [-1, 160]}, "unreadable header"),
+        ({"shape": 3}, "unreadable header"),
+        ({"data_offsets": ["0", "8"]}, "unreadable header"),
+        ({"data_offsets": [0, 8, 16]}, "unreadable header"),
+        ({"data_offsets": [-8, 40952]}, "unreadable header"),
+        ({"data_offsets": [4, 40964]}, "does not begin where another ends"),
+    ],
+)
+def test_header_entries_that_make_no_sense(source: Path, changes, message: str):
+    file = source / "model.safetensors"
+    blob = file.read_bytes()
+    start = 8 + int.from_bytes(blob[:8], "little")
+    header = json.loads(blob[8:start])
+    header["model.embed_tokens.weight"] |= changes
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + blob[start:])
+    assert message in message_of(dsparse.from_pretrained, source)
+
+
+def test_more_bytes_than_the_header_says(source: Path):
+    with (source / "model.safetensors").open("ab") as file:
+        file.write(b"more")
+    assert "longer than its header says" in message_of(dsparse.from_pretrained, source)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.bool])
+def test_integers_where_floating_point_belongs(tmp_path: Path, source: Path, dtype):
+    name = "model.layers.1.self_attn.o_proj.weight"
+    bad = edited(source, tmp_path / "bad", lambda state: state.update({name: state[name].to(dtype)}))
+    for call in (dsparse.from_pretrained, lambda path: dsparse.from_pretrained(path, dtype="float32")):
+        message = message_of(call, bad)
+        assert f"{name} is {str(dtype).removeprefix('torch.')} where the model needs floating point" in message
+
+
+def test_a_tensor_in_two_shards(tmp_path: Path):
+    source = make(tmp_path / "sharded", shards=2)
+    second = load_file(source / "model-00002-of-00002.safetensors")
+    second["model.embed_tokens.weight"] = torch.zeros(128, 160)
+    save_file(second, source / "model-00002-of-00002.safetensors")
+    message = message_of(dsparse.from_pretrained, source)
+    assert "model.embed_tokens.weight is in both model-00001-of-00002.safetensors and model-00002-of-" in message
 
 
 def test_unsupported_dtype(source: Path):
@@ -193,6 +240,13 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, source: Path):
     (source / "model.safetensors").unlink()
     torch.save({"a": Evil()}, source / "pytorch_model.bin")
     assert "torch cannot read it" in message_of(dsparse.from_pretrained, source, allow_pickle=True)
+    torch.save([torch.ones(1)], source / "pytorch_model.bin")
+    assert "holds a list, not tensors by name" in message_of(dsparse.from_pretrained, source, allow_pickle=True)
+    (source / "pytorch_model.bin.index.json").write_text("{")
+    assert "not an index of weights" in message_of(dsparse.from_pretrained, source, allow_pickle=True)
+    (source / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": 3}}')
+    assert "1 missing file (3)" in message_of(dsparse.from_pretrained, source, allow_pickle=True)
+    (source / "pytorch_model.bin.index.json").unlink()
     (source / "pytorch_model.bin").write_bytes(b"no pickle")
     assert "torch cannot read it" in message_of(dsparse.from_pretrained, source, allow_pickle=True)
     assert not (tmp_path / "it ran").exists()
