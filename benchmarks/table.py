@@ -42,9 +42,9 @@ KERNELS = (
         "TFLOP/s",
     ),
     Row(
-        "sparse attention forward, V4: 64 heads, 512, top-k 512, kv 8192, sinks",
+        "sparse attention forward, V4: 64 heads, 512, top-k 512, sinks, kv 8192 / 32768",
         "sparse_attention",
-        ("V4, 64 heads, 8k keys",),
+        ("V4, 64 heads, 8k keys", "V4, 64 heads, 32k keys"),
         "{forward_tflops:.0f}",
         "TFLOP/s",
     ),
@@ -125,29 +125,46 @@ KERNELS = (
         ("8192 tokens, forward, xla", "32768 tokens, forward, xla"),
     ),
     Row(
-        "the same, forward and gradients of all weights, 8192 tokens",
+        "the same, forward and gradients of all weights, 8192 / 32768 tokens",
         "layer",
-        ("8192 tokens, forward and backward, mosaic_gpu",),
+        ("8192 tokens, forward and backward, mosaic_gpu", "32768 tokens, forward and backward, mosaic_gpu"),
         "{ms:.0f}",
         "ms",
-        "XLA {ms:.0f} ms",
+        "XLA {ms:.0f} ms at 8192",
         ("8192 tokens, forward and backward, xla",),
     ),
 )
 MODELS = tuple(
     Row(
-        f"`{model}`: logits / logits through the cache / gradient of the loss",
+        f"{label}: logits / logits through the cache{' / gradient of the loss' if 'gradient' in cases else ''}",
         "models",
-        tuple(f"{model}: {what}" for what in ("logits", "logits through the cache", "gradient")),
+        tuple(f"{model}: {what}" for what in cases),
         "{error:.4f}",
         "",
-        "{error_xla:.4f}",
+        "{error_beside:.4f}",
     )
-    for model in ("v3", "v32")
+    for label, model, cases in (
+        *((f"`{model}`", model, ("logits", "logits through the cache", "gradient")) for model in ("v3", "v32", "v4")),
+        ("demo, experts in FP8", "demo in FP8", ("logits", "logits through the cache")),
+    )
+)
+MESHES = tuple(
+    Row(
+        f"`{model}`, data=2 / tensor=2 / expert=2: {what}",
+        "models",
+        tuple(f"{model}: {case}, {axis}=2" for axis in ("data", "tensor", "expert")),
+        "{error:.4f}",
+        "",
+        "{error_beside:.4f}",
+        (f"{model}: {case}, data=2",),
+    )
+    for model in ("v32", "v4", "demo")
+    for case, what in (("logits", "logits"), ("gradient", "gradient of the loss"))
 )
 TABLES = {
     "kernels": ("| kernel | measured | beside |", KERNELS),
     "models": ("| checkpoint, error to float32 | kernels | plain XLA in bf16 |", MODELS),
+    "meshes": ("| checkpoint on two GPUs, error to float32 | kernels on the mesh | kernels on one GPU |", MESHES),
 }
 
 
