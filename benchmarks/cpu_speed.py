@@ -3,8 +3,9 @@
 python -m benchmarks.cpu_speed [--model FOLDER] [--data TOKENS.npy]
 
 The two take turns, and the fastest of several runs of each counts: on a shared machine the others measure the
-neighbours. Also prints the floor that memory bandwidth sets for decoding: bytes of the weights and cache that one token
-must read, over the bandwidth this machine reaches.
+neighbours. Also prints what bounds each: for decoding, the bytes of the weights and cache that one token must read over
+the bandwidth this machine reaches; for the rest, the operations of its products over the rate that one large product
+reaches here.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from flax import nnx
 import dsparse
 from dsparse.config import ModelConfig
 from dsparse.evaluate import read_tokens
+from dsparse.inspect import attention_flops, describe
 from dsparse.training import TrainConfig, make_train_step
 from dsparse.training.data import Batch
 
@@ -65,6 +67,36 @@ def active_bytes(model: dsparse.Model, context: int) -> int:
     shapes = jax.eval_shape(lambda: model.init_cache(1, context))
     cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     return int(total + cache)
+
+
+def product_rate() -> float:
+    """Operations a second of one large float32 product."""
+    size = 2048
+    a = jax.random.normal(jax.random.key(0), (size, size))
+    multiply = jax.jit(lambda a: a @ a)
+    seconds, _ = fastest(lambda: multiply(a).block_until_ready(), lambda: None, 10)
+    return 2 * size**3 / seconds
+
+
+def product_flops(model: dsparse.Model, length: int) -> tuple[int, int]:
+    """Operations, a multiply-add counting two, of all products with weights in a forward pass over one sequence, without
+    the head's; and of scores and values at every position."""
+    config = model.config
+    weights = describe(model).active_parameters - config.vocab_size * config.hidden_size
+    attention = sum(attention_flops(config, spec, end) for spec in config.layers for end in range(1, length + 1))
+    return 2 * weights * length, attention
+
+
+def floors(model: dsparse.Model) -> tuple[int, int]:
+    """Operations of the prefill, and of the training step.
+
+    Backward passes take twice the forward's products with weights, and five products for attention's two
+    (FlashAttention-2, arXiv:2307.08691, section 4.1).
+    """
+    prefill_flops = sum(product_flops(model, PREFILL))
+    weights, attention = product_flops(model, LENGTH)
+    weights += 2 * model.config.vocab_size * model.config.hidden_size * LENGTH
+    return prefill_flops, int(BATCH * (3 * weights + 3.5 * attention))
 
 
 def decode(model, reference, tokens: np.ndarray) -> tuple[float, float]:
@@ -151,10 +183,14 @@ def main() -> None:
     for name, (ours, theirs) in rows:
         print(f"{name:30s} {ours * 1e3:12.2f} {theirs * 1e3:14.2f} {theirs / ours:7.2f}")
     bandwidth, needed = read_bandwidth(), active_bytes(model, 256 + NEW)
-    floor = needed / bandwidth
+    print(f"{'what bounds it':30s} {'floor, ms':>12s} {'dsparse':>14s} {'transformers':>14s}")
+    rate, flops = product_rate(), floors(model)
+    bounds = [needed / bandwidth, *(count / rate for count in flops)]
+    for (name, (ours, theirs)), bound in zip(rows, bounds, strict=True):
+        print(f"{name:30s} {bound * 1e3:12.2f} {ours / bound:13.2f}x {theirs / bound:13.2f}x")
     print(
-        f"decode floor: {needed / 1e6:.1f} MB a token at {bandwidth / 1e9:.1f} GB/s = {floor * 1e3:.2f} ms; "
-        f"dsparse is at {rows[0][1][0] / floor:.2f}x the floor"
+        f"decode reads {needed / 1e6:.1f} MB a token at {bandwidth / 1e9:.1f} GB/s; prefill and training step multiply "
+        f"{flops[0] / 1e9:.1f} and {flops[1] / 1e9:.1f} GFLOP at {rate / 1e9:.0f} GFLOP/s"
     )
 
 

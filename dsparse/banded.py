@@ -10,12 +10,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from dsparse.reference import NEG_INF
+from dsparse import gathered, shared_rows
 
-QUERY_BLOCK = 128
-SCORE_BYTES = 128 << 20  # scores kept at once; more query blocks than that are taken in turns
+QUERY_BLOCK = 64
 
 
 class Entries(NamedTuple):
@@ -64,27 +63,52 @@ def banded_attention(
         earlier = jnp.concatenate([x[None, :, : window - 1], own[:-1, :, block - (window - 1) :]])
         return jnp.concatenate([earlier, own], axis=2)
 
+    copied = (
+        entries is not None and entries.indices is not None and not gathered.masked(q, entries.rows, entries.indices)
+    )
     inputs = {"q": blocks(q), "kv": blocks_with_earlier(kv), "number": jnp.arange(count)}
     if segment_ids is not None:
         inputs["segments"] = blocks_with_earlier(jnp.pad(segment_ids, ((0, 0), (window - 1, 0))))
-    if entries is not None:
+    if entries is not None and not copied:
         inputs |= {
             name: blocks(value) for name, value in entries._asdict().items() if name != "rows" and value is not None
         }
 
-    @jax.checkpoint  # the backward pass computes a block's scores, and gathers its entries, again
-    def attend(inputs: dict[str, Array]) -> Float[Array, "B block N H"]:
-        rows = entries and entries.rows
-        return _attend_block(inputs, rows, window=window, scale=scale, sinks=sinks, start=start)
+    @shared_rows.keep_results
+    def attend(inputs: dict[str, Array]) -> tuple[Float[Array, "B block N H"], Float[Array, "B block N"]]:
+        rows, keep = inputs["kv"], _window_mask(inputs, window, start)
+        if "first" in inputs:
+            rows = jnp.concatenate([rows, entries.rows], axis=1)
+            keep = jnp.concatenate([keep, _entry_mask(inputs, entries.rows.shape[1])], axis=-1)
+        return shared_rows.attend(inputs["q"], rows, keep, sinks, width, scale)
 
-    columns = block + window - 1
-    if entries is not None:
-        columns += (
-            entries.rows.shape[1] if entries.indices is None else entries.indices.shape[-1] * (1 + width // heads)
-        )
-    at_once = max(1, SCORE_BYTES // (batch * heads * block * columns * 4))
-    out = jax.vmap(attend)(inputs) if at_once >= count else jax.lax.map(attend, inputs)
-    return jnp.moveaxis(out, 0, 1).reshape(batch, count * block, heads, width)[:, :length]
+    columns = block + window - 1 + (entries.rows.shape[1] if "first" in inputs else 0)
+    at_once = min(count, max(1, shared_rows.queries_at_once(batch, heads, columns) // block))
+    out, lse = jax.lax.map(attend, inputs, batch_size=at_once) if at_once < count else jax.vmap(attend)(inputs)
+    out, lse = (jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:])[:, :length] for x in (out, lse))
+    if not copied:
+        return out
+    chosen = gathered.sparse_attention(q, entries.rows, entries.indices, None, width, scale)
+    return shared_rows.join((out, lse), chosen)
+
+
+def _window_mask(inputs: dict[str, Array], window: int, start: Int[Array, " B"]) -> Bool[Array, "B block L"]:
+    """Which rows of a block, and of those before it, each of the block's queries sees."""
+    block, count = inputs["q"].shape[1], inputs["kv"].shape[1]
+    row, query = jnp.arange(count), jnp.arange(block)[:, None]
+    keep = (row >= query) & (row < query + window)
+    keep = keep & (row + inputs["number"] * block >= start[:, None, None])
+    if "segments" in inputs:
+        segments = inputs["segments"]
+        keep = keep & (segments[:, None, :] == segments[:, window - 1 :, None])
+    return keep
+
+
+def _entry_mask(inputs: dict[str, Array], count: int) -> Bool[Array, "B block E"]:
+    if "indices" in inputs:
+        return shared_rows.selection_mask(inputs["indices"], count)
+    entry = jnp.arange(count)
+    return (entry >= inputs["first"][..., None]) & (entry < inputs["last"][..., None])
 
 
 def index_lists(
@@ -111,46 +135,3 @@ def index_lists(
         indices = jnp.where(seen, entry, -1)
     lists.append(jnp.where(indices < 0, -1, kv.shape[1] + indices))
     return jnp.concatenate([kv, entries.rows], axis=1), jnp.concatenate(lists, axis=-1)
-
-
-def _attend_block(inputs, rows, *, window, scale, sinks, start) -> Float[Array, "B block N H"]:
-    q, kv = inputs["q"], inputs["kv"]
-    block, count = q.shape[1], kv.shape[1]
-    row, query = jnp.arange(count), jnp.arange(block)[:, None]
-    keep = (row >= query) & (row < query + window)
-    keep = keep & (row + inputs["number"] * block >= start[:, None, None])
-    if "segments" in inputs:
-        segments = inputs["segments"]
-        keep = keep & (segments[:, None, :] == segments[:, window - 1 :, None])
-    parts = [(kv, "S", jnp.broadcast_to(keep[:, :, None], (q.shape[0], block, 1, count)))]
-    if "indices" in inputs:
-        indices = inputs["indices"]
-        chosen = jax.vmap(lambda table, index: table[index])(rows, jnp.maximum(indices, 0))
-        parts.append((chosen, "TS", (indices >= 0)[:, :, None]))
-    elif rows is not None:
-        entry = jnp.arange(rows.shape[1])
-        seen = (entry >= inputs["first"][..., None]) & (entry < inputs["last"][..., None])
-        parts.append((rows, "S", seen[:, :, None]))
-    return _joint_attention(q, parts, scale, sinks)
-
-
-def _joint_attention(
-    q: Float[Array, "B T N H"], parts, scale: float, sinks: Float[Array, " N"]
-) -> Float[Array, "B T N H"]:
-    """One softmax over groups of rows, each (rows [B, S, H] or [B, T, S, H], its letters, keep [B, T, 1, S])."""
-    sinks = sinks.astype(jnp.float32)
-    logits = []
-    for rows, letters, keep in parts:
-        score = jnp.einsum(f"BTNH,B{letters}H->BTNS", q, rows, preferred_element_type=jnp.float32) * scale
-        logits.append(jnp.where(keep, score, NEG_INF))
-    peak = sinks[:, None]
-    for score in logits:
-        peak = jnp.maximum(peak, jnp.max(score, axis=-1, keepdims=True))
-    peak = jax.lax.stop_gradient(peak)
-    weights = [jnp.exp(score - peak) for score in logits]
-    total = jnp.exp(sinks[:, None] - peak) + sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
-    out = sum(
-        jnp.einsum(f"BTNS,B{letters}H->BTNH", w.astype(q.dtype), rows, preferred_element_type=jnp.float32)
-        for w, (rows, letters, _) in zip(weights, parts, strict=True)
-    )
-    return (out / total).astype(q.dtype)

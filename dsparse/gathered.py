@@ -1,4 +1,5 @@
-"""Sparse attention for XLA: gather the selected rows, a bounded chunk of queries at a time.
+"""Sparse attention for XLA: gather the selected rows, a bounded chunk of queries at a time; or, where the table is so
+short that its products cost less than copying rows from it over and over, mask it.
 
 Memory, forward and backward, is that of the inputs plus one chunk of gathered rows; the backward pass gathers again
 and adds each row's gradient back where it came from.
@@ -11,13 +12,20 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+from dsparse import shared_rows
 
 GATHERED_BYTES = 16 << 20  # rows gathered at once on a CPU: they stay in its cache
 ON_ACCELERATORS = 16  # times as many, so that products are large
+MASKED_UP_TO = 4  # rows of the table for each selected one
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def masked(q: Float[Array, "B T N H"], kv: Float[Array, "B S H"], indices: Int[Array, "B T K"]) -> bool:
+    """Whether the table is short: at most `MASKED_UP_TO` times as long as a selection, and no longer than the queries."""
+    return kv.shape[1] <= min(MASKED_UP_TO * indices.shape[-1], q.shape[1])
+
+
 def sparse_attention(
     q: Float[Array, "B T N H"],
     kv: Float[Array, "B S H"],
@@ -27,17 +35,35 @@ def sparse_attention(
     scale: float,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """See `ops.sparse_attention`."""
+    if not masked(q, kv, indices):
+        return _gathered(q, kv, indices, sinks, v_head_dim, scale)
+
+    @shared_rows.keep_results
+    def some(q, indices):
+        keep = shared_rows.selection_mask(indices, kv.shape[1])
+        return shared_rows.attend(q, kv, keep, sinks, v_head_dim, scale)
+
+    size = shared_rows.queries_at_once(q.shape[0], q.shape[2], kv.shape[1])
+    return _scan_chunks(lambda carry, chunk: (carry, some(*chunk)), None, size, (q, indices))[1]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _gathered(q, kv, indices, sinks, v_head_dim, scale):
     return _forward(q, kv, indices, sinks, v_head_dim, scale)
 
 
 def _forward(q, kv, indices, sinks, v_head_dim, scale):
     def some(q, indices):
-        rows, logits = _logits(q, kv, indices, scale)
+        rows, keep = _rows(kv, indices)
+        logits = jnp.einsum("BTNH,BTKH->BTNK", q, rows, preferred_element_type=jnp.float32) * scale
+        logits = jnp.where(keep, logits, -jnp.inf)
         lse = _logsumexp(logits, sinks)
         weights = _weights(logits, lse).astype(kv.dtype)
-        return jnp.einsum("BTNK,BTKV->BTNV", weights, rows[..., :v_head_dim]).astype(q.dtype), lse
+        # slicing the output instead of the rows saves a copy of them
+        return jnp.einsum("BTNK,BTKH->BTNH", weights, rows)[..., :v_head_dim].astype(q.dtype), lse
 
-    return _in_chunks(some, indices.shape, kv, (q, indices))
+    size = _chunk_size(indices.shape, kv)
+    return _scan_chunks(lambda carry, chunk: (carry, some(*chunk)), None, size, (q, indices))[1]
 
 
 def _forward_with_residuals(q, kv, indices, sinks, v_head_dim, scale):
@@ -53,18 +79,21 @@ def _backward(v_head_dim, scale, residuals, gradients):
 
     def some(d_kv, chunk):
         q, indices, d_out, lse, shift = chunk
-        rows, logits = _logits(q, kv, indices, scale)
-        weights = _weights(logits, lse)
-        d_weights = jnp.einsum("BTNV,BTKV->BTNK", d_out, rows[..., :v_head_dim], preferred_element_type=jnp.float32)
+        rows, keep = _rows(kv, indices)
+        # queries meet keys as output gradients meet values: stacked, each product passes over the rows once
+        d_out = jnp.pad(d_out, [(0, 0)] * 3 + [(0, kv.shape[-1] - v_head_dim)])
+        both = jnp.concatenate([q, d_out.astype(q.dtype)], axis=2)
+        products = jnp.einsum("BTMH,BTKH->BTMK", both, rows, preferred_element_type=jnp.float32)
+        logits, d_weights = jnp.split(products, 2, axis=2)
+        weights = _weights(jnp.where(keep, logits * scale, -jnp.inf), lse)
         d_logits = (weights * (d_weights - shift[..., None]) * scale).astype(q.dtype)
         d_q = jnp.einsum("BTNK,BTKH->BTNH", d_logits, rows, preferred_element_type=jnp.float32)
-        d_rows = jnp.einsum("BTNK,BTNH->BTKH", d_logits, q, preferred_element_type=jnp.float32)
-        d_values = jnp.einsum("BTNK,BTNV->BTKV", weights.astype(q.dtype), d_out, preferred_element_type=jnp.float32)
-        d_rows = d_rows.at[..., :v_head_dim].add(d_values)
+        factors = jnp.concatenate([d_logits, weights.astype(q.dtype)], axis=2)
+        d_rows = jnp.einsum("BTMK,BTMH->BTKH", factors, both, preferred_element_type=jnp.float32)
         return _scatter_add(d_kv, indices, d_rows), d_q.astype(q.dtype)
 
     d_kv = jnp.zeros(kv.shape, jnp.float32)
-    d_kv, d_q = _scan_chunks(some, d_kv, indices.shape, kv, (q, indices, d_out, lse, shift))
+    d_kv, d_q = _scan_chunks(some, d_kv, _chunk_size(indices.shape, kv), (q, indices, d_out, lse, shift))
     d_sinks = None
     if sinks is not None:
         weight = jnp.exp(sinks.astype(jnp.float32) - lse)
@@ -72,14 +101,13 @@ def _backward(v_head_dim, scale, residuals, gradients):
     return d_q, d_kv.astype(kv.dtype), np.zeros(indices.shape, jax.dtypes.float0), d_sinks
 
 
-sparse_attention.defvjp(_forward_with_residuals, _backward)
+_gathered.defvjp(_forward_with_residuals, _backward)
 
 
-def _logits(q, kv, indices, scale) -> tuple[Float[Array, "B T K H"], Float[Array, "B T N K"]]:
-    """The selected rows, and each query's logits with them: -inf where the index is -1."""
+def _rows(kv, indices) -> tuple[Float[Array, "B T K H"], Bool[Array, "B T 1 K"]]:
+    """The selected rows, and which indices are not -1."""
     rows = jax.vmap(lambda table, index: table.at[index].get(mode="promise_in_bounds"))(kv, jnp.maximum(indices, 0))
-    logits = jnp.einsum("BTNH,BTKH->BTNK", q, rows, preferred_element_type=jnp.float32) * scale
-    return rows, jnp.where((indices >= 0)[:, :, None], logits, -jnp.inf)
+    return rows, (indices >= 0)[:, :, None]
 
 
 def _logsumexp(logits: Float[Array, "B T N K"], sinks: Float[Array, " N"] | None) -> Float[Array, "B T N"]:
@@ -104,22 +132,19 @@ def _scatter_add(table: Float[Array, "B S H"], indices: Int[Array, "B T K"], row
 
 
 def _chunk_size(shape: tuple[int, int, int], kv: Array) -> int:
-    batch, time, selected = shape
+    batch, _, selected = shape
     row_bytes = batch * selected * kv.shape[-1] * kv.dtype.itemsize
     budget = GATHERED_BYTES * (1 if jax.default_backend() == "cpu" else ON_ACCELERATORS)
-    return min(time, max(1, budget // row_bytes))
+    return max(1, budget // row_bytes)
 
 
-def _in_chunks(some, shape, kv, arrays):
-    return _scan_chunks(lambda carry, chunk: (carry, some(*chunk)), None, shape, kv, arrays)[1]
-
-
-def _scan_chunks(some, carry, shape, kv, arrays):
-    """Scan `some(carry, arrays of a chunk) -> carry, outputs` over chunks of the time axis (1) of all arrays."""
-    size, time = _chunk_size(shape, kv), shape[1]
-    if size == time:
+def _scan_chunks(some, carry, size: int, arrays):
+    """Scan `some(carry, arrays of a chunk) -> carry, outputs` over chunks of `size` of the time axis (1) of all arrays."""
+    time = arrays[0].shape[1]
+    if size >= time:
         return some(carry, arrays)
     count = -(-time // size)
+    size = -(-time // count)
 
     def split(a):
         fill = -1 if jnp.issubdtype(a.dtype, jnp.integer) else 0

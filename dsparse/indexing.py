@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsparse import reference
+
 SCORE_BYTES = 8 << 20  # of one chunk's scores on a CPU: they stay in its cache
 ON_ACCELERATORS = 32  # times as many, so that products are large
 UNROLLED_HEADS = 8  # more are looped over
 PREFIXES = 4  # lengths of the key axis that a chunk's scores are computed for, so that causal chunks skip the future
 SHORTEST_PREFIX = 256
+MOST_PARTS = 8
+
+
+def topk(scores: Float[Array, "R S"], k: int, lengths: Int[Array, " R"] | None = None) -> Int[Array, "R k"]:
+    """`reference.topk` in as many parts as a CPU has cores: XLA gives each a single one."""
+    parts = min(os.cpu_count() or 1, MOST_PARTS, scores.shape[0]) if jax.default_backend() == "cpu" else 1
+    lengths = jnp.full(scores.shape[0], scores.shape[1]) if lengths is None else lengths
+    pairs = zip(jnp.array_split(scores, parts), jnp.array_split(lengths, parts), strict=True)
+    return jnp.concatenate([reference.topk(some, k, ends) for some, ends in pairs])
 
 
 def indexer_topk(

@@ -214,9 +214,7 @@ def topk(
 
     Exact; of equal scores the lowest positions are taken, and 0.0 equals -0.0. An entry of -inf is never taken.
     """
-    return dispatch.call(
-        "topk", implementation, {"mosaic_gpu": _topk_kernel, "xla": reference.topk}, scores, k, lengths
-    )
+    return dispatch.call("topk", implementation, {"mosaic_gpu": _topk_kernel, "xla": indexing.topk}, scores, k, lengths)
 
 
 def _topk_kernel(scores, k, lengths):

@@ -7,15 +7,16 @@ import pytest
 from flax import nnx
 
 import dsparse
-from dsparse import gathered, indexing, ops, reference
+from dsparse import gathered, indexing, ops, reference, shared_rows
 
 B, T, S, N, H, V, K = 2, 13, 29, 3, 12, 8, 7
+SHORT = 11  # a table that is masked: no more rows than queries
 
 
-def random_case(seed: int = 0):
+def random_case(rows: int = S, seed: int = 0):
     rng = np.random.default_rng(seed)
-    q, kv = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((B, T, N, H), (B, S, H)))
-    indices = np.stack([[rng.permutation(S)[:K] for _ in range(T)] for _ in range(B)]).astype(np.int32)
+    q, kv = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((B, T, N, H), (B, rows, H)))
+    indices = np.stack([[rng.permutation(rows)[:K] for _ in range(T)] for _ in range(B)]).astype(np.int32)
     indices[rng.random(indices.shape) < 0.2] = -1
     indices[0, 3] = -1  # a query without any index
     return q, kv, jnp.asarray(indices), jnp.asarray(rng.standard_normal(N), jnp.float32)
@@ -41,13 +42,16 @@ def chunks(request, monkeypatch):
     """All queries at once, and three at a time (13 queries: the last chunk is padded)."""
     if request.param == "chunks":
         monkeypatch.setattr(gathered, "GATHERED_BYTES", 3 * B * K * H * 4)
+        monkeypatch.setattr(shared_rows, "SCORE_BYTES", 3 * B * N * SHORT * 4)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize("with_sinks", [False, True])
-def test_values_and_gradients(chunks, implementation, with_sinks):
+@pytest.mark.parametrize("rows", [S, SHORT])
+def test_values_and_gradients(chunks, implementation, with_sinks, rows):
     """Output, log-sum-exp, and the gradients of a function of both, in q, kv and sinks."""
-    q, kv, indices, sinks = random_case()
+    q, kv, indices, sinks = random_case(rows)
+    assert gathered.masked(q, kv, indices) == (rows == SHORT)
     sinks = sinks if with_sinks else None
     options = {"v_head_dim": V, "scale": 0.3}
     mix = jnp.asarray(np.random.default_rng(1).standard_normal((B, T, N, V)), jnp.float32)
@@ -74,8 +78,9 @@ def test_values_and_gradients(chunks, implementation, with_sinks):
             np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_a_query_without_indices(chunks):
-    q, kv, indices, sinks = random_case()
+@pytest.mark.parametrize("rows", [S, SHORT])
+def test_a_query_without_indices(chunks, rows):
+    q, kv, indices, sinks = random_case(rows)
     out, lse = ops.sparse_attention(q, kv, indices, v_head_dim=V, scale=0.3)
     assert not np.any(out[0, 3]) and np.all(np.isneginf(lse[0, 3]))
     out, lse = ops.sparse_attention(q, kv, indices, v_head_dim=V, scale=0.3, sinks=sinks)
