@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from dsparse.config import ModelConfig
 from dsparse.params import Scope, normal, ones, zeros
+from dsparse.reference import recomputed
 
 
 class HyperConnection(nnx.Module):
@@ -32,15 +33,19 @@ class HyperConnection(nnx.Module):
     def read(self, streams: Float[Array, "B T M D"]) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
         """The sublayer's input, and the weights that `write` needs."""
         c, m = self.config, self.config.hc_mult
-        raw = stream_weights(streams, self.fn[...], c.rms_norm_eps)
-        scale, base = self.scale[...].astype(jnp.float32), self.base[...].astype(jnp.float32)
-        pre, post, mix = (
-            raw[..., start:stop] * scale[i] + base[start:stop]
-            for i, (start, stop) in enumerate(((0, m), (m, 2 * m), (2 * m, None)))
-        )
-        pre, post = jax.nn.sigmoid(pre) + c.hc_eps, 2 * jax.nn.sigmoid(post)
-        mix = sinkhorn(mix.reshape(*mix.shape[:-1], m, m), c.hc_sinkhorn_iters, c.hc_eps)
-        return collapse(streams, pre), (post, mix)
+
+        @recomputed
+        def read(streams, fn, scale, base):
+            raw = stream_weights(streams, fn, c.rms_norm_eps)
+            pre, post, mix = (
+                raw[..., start:stop] * scale[i] + base[start:stop]
+                for i, (start, stop) in enumerate(((0, m), (m, 2 * m), (2 * m, None)))
+            )
+            pre, post = jax.nn.sigmoid(pre) + c.hc_eps, 2 * jax.nn.sigmoid(post)
+            mix = sinkhorn(mix.reshape(*mix.shape[:-1], m, m), c.hc_sinkhorn_iters, c.hc_eps)
+            return collapse(streams, pre), (post, mix)
+
+        return read(streams, self.fn[...], *(p[...].astype(jnp.float32) for p in (self.scale, self.base)))
 
     def write(
         self, streams: Float[Array, "B T M D"], out: Float[Array, "B T D"], weights: tuple[Array, Array]
@@ -48,12 +53,18 @@ class HyperConnection(nnx.Module):
         """Stream j becomes post[j] * out + sum_i mix[i, j] * stream i."""
         post, mix = (w.astype(streams.dtype) for w in weights)
         m = self.config.hc_mult
+
         # Sums over so few streams are written out: as elementwise work they fuse, as batched 4x4 products they do not.
-        mixed = [
-            post[..., j, None] * out + sum(mix[..., i, j, None] * streams[..., i, :] for i in range(m))
-            for j in range(m)
-        ]
-        return jnp.stack(mixed, axis=-2)
+        @recomputed
+        def write(streams, out, post, mix):
+            parts = jnp.unstack(streams, axis=-2)
+            mixed = [
+                post[..., j, None] * out + sum(mix[..., i, j, None] * part for i, part in enumerate(parts))
+                for j in range(m)
+            ]
+            return jnp.stack(mixed, axis=-2)
+
+        return write(streams, out, post, mix)
 
 
 class HyperHead(nnx.Module):
@@ -84,7 +95,8 @@ def stream_weights(streams: Float[Array, "B T M D"], fn: Float[Array, "F MD"], e
 
 def collapse(streams: Float[Array, "B T M D"], weights: Float[Array, "B T M"]) -> Float[Array, "B T D"]:
     """Weighted sum of the streams, in their dtype."""
-    return sum(weights[..., i, None] * streams[..., i, :] for i in range(streams.shape[-2])).astype(streams.dtype)
+    parts = jnp.unstack(streams, axis=-2)  # whose gradient is one concatenation; a slice's is a padded array each
+    return sum(weights[..., i, None] * part for i, part in enumerate(parts)).astype(streams.dtype)
 
 
 def sinkhorn(logits: Float[Array, "*batch M M"], iterations: int, eps: float) -> Float[Array, "*batch M M"]:

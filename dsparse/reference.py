@@ -5,6 +5,8 @@ The models run these where no kernel serves; the tests hold every kernel against
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
@@ -48,13 +50,23 @@ def gradient_once(y: Array) -> Array:
 gradient_once.defvjp(lambda y: (y, None), lambda _, g: (jax.lax.optimization_barrier(g),))
 
 
+# Of work that moves memory rather than multiplies: the backward pass does it again from its inputs, which costs less
+# than keeping what lies between them and the output.
+recomputed = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+
+
 def swiglu(
     gate: Float[Array, "*batch F"], up: Float[Array, "*batch F"], limit: float | None = None
 ) -> Float[Array, "*batch F"]:
     """silu(gate) * up; with a limit, gate is at most that and up within +-limit (DeepSeek-V4)."""
-    if limit is not None:
-        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-    return jax.nn.silu(gate) * up
+
+    @recomputed
+    def activate(gate, up):
+        if limit is not None:
+            gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        return jax.nn.silu(gate) * up
+
+    return activate(gate, up)
 
 
 def masked_softmax(logits: Float[Array, "*batch S"], keep: Array) -> Float[Array, "*batch S"]:
