@@ -62,6 +62,17 @@ def row_tiles(
     return jnp.stack([group, base, jnp.maximum(first, starts[group]), end], axis=1), tile_ends[-1:]
 
 
+def blocks_of(cluster: int, column_groups: int, items: int) -> int:
+    """Clusters of a persistent kernel over `items` = row tiles x column groups: one on each that the device holds.
+
+    Column groups of a row tile load the same rows. Where that leaves at most one multiprocessor in 25 idle, all of
+    them run side by side: even 568 instead of 556 TFLOP/s, routed 527 instead of 517 with 8 column groups.
+    """
+    most = SM_COUNT // cluster
+    whole = most // column_groups * column_groups
+    return min(whole if 25 * (most - whole) <= most else most, items)
+
+
 def _store_rows(staged, out, first, end, row_stride: int, interpret: bool) -> None:
     """out[r] = staged[r] for first <= r < end, of a swizzled tile in shared memory [rows, 64] in bfloat16.
 
@@ -286,7 +297,7 @@ def _tiles_kernel(
     # Two blocks with neighbouring columns share the rows they load. (Interpret mode knows no clusters.)
     cluster = 1 if column_tiles % tiling.cluster or interpret else tiling.cluster
     column_groups = column_tiles // cluster
-    blocks = min(SM_COUNT // cluster, tiles.shape[0] * column_groups)
+    blocks = blocks_of(cluster, column_groups, tiles.shape[0] * column_groups)
 
     def kernel(tiles_g, count_g, x_g, w_g, o_g, x_s, w_s, o_s, full, empty):
         sm, wg = lax.axis_index("sm"), lax.axis_index("wg")

@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from dsparse.kernels import mosaic, tilings
-from dsparse.kernels.grouped_matmul import ROW_ALIGNMENT, SM_COUNT, _padded, _store_rows, row_tiles
+from dsparse.kernels.grouped_matmul import ROW_ALIGNMENT, _padded, _store_rows, blocks_of, row_tiles
 from dsparse.kernels.tilings import RowTiling
 
 TILE_K = 128  # one swizzle row, and the block that shares a scale
@@ -136,7 +136,7 @@ def _product(x, x_scale, weights, w_scale, group_sizes, *, tiling: RowTiling, in
     tiles, count = row_tiles(group_sizes, rows, tiling.rows)
     cluster = 1 if column_tiles % tiling.cluster or interpret else tiling.cluster  # Interpret mode knows no clusters.
     column_groups = column_tiles // cluster
-    blocks = min(SM_COUNT // cluster, tiles.shape[0] * column_groups)
+    blocks = blocks_of(cluster, column_groups, tiles.shape[0] * column_groups)
 
     def kernel(tiles_g, count_g, x_g, xs_g, w_g, ws_g, o_g, x_s, xs_s, w_s, o_s, full, empty):
         sm, wg = lax.axis_index("sm"), lax.axis_index("wg")
