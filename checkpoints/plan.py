@@ -252,11 +252,13 @@ def _storage(
     for (layer, path), tensors in sources.items():
         if layer >= layers:
             continue  # reported as unexpected
-        stored = sorted({files.tensors[name].dtype for name in tensors.values()}, key=str)
-        name = next(iter(tensors.values()))
-        if (wanted := _wrong_kind(path, stored)) is not None:
-            complaints.append(f"{name} is {stored[0]} where the model needs {wanted}")
+        first = {files.tensors[name].dtype: name for name in sorted(tensors.values(), key=natural, reverse=True)}
+        if wrong := {dtype: wanted for dtype in first if (wanted := _wrong_kind(path, dtype)) is not None}:
+            complaints += [
+                f"{first[dtype]} is {dtype} where the model needs {wanted}" for dtype, wanted in wrong.items()
+            ]
             continue
+        stored = sorted(first, key=str)
         held = jnp.dtype(_NARROW.get(stored[0], stored[0]))  # JAX has 32 bits unless asked for more
         if jnp.issubdtype(stored[0], jnp.integer) and stored[0] != PACKED_FP4:
             if held != stored[0]:
@@ -266,20 +268,19 @@ def _storage(
                 continue  # the model's dtype decides
             held = jnp.dtype(dtype)  # the layer has an embedding or head of its own
         elif held != stored[0]:
-            complaints.append(f"{name} is {stored[0]}, more than JAX keeps: load with a dtype")
+            complaints.append(f"{first[stored[0]]} is {stored[0]}, more than JAX keeps: load with a dtype")
         elif len(stored) > 1:
-            names = ", ".join(f"{files.tensors[n].dtype} {n}" for n in sorted(tensors.values(), key=natural)[:2])
+            names = ", ".join(f"{dtype} {name}" for dtype, name in first.items())
             complaints.append(f"one parameter is stored in different dtypes ({names}): load with a dtype")
         storage[layer][path] = held
     return storage, complaints
 
 
-def _wrong_kind(path: str, stored: list[np.dtype]) -> str | None:
+def _wrong_kind(path: str, stored: np.dtype) -> str | None:
     """What kind of numbers a parameter needs, if it is stored as another; packed FP4 looks like integers."""
-    floating = all(jnp.issubdtype(dtype, jnp.floating) or dtype == PACKED_FP4 for dtype in stored)
     if path.endswith(INTEGER_PARAMETER):
-        return None if all(jnp.issubdtype(dtype, jnp.integer) for dtype in stored) else "integers"
-    return None if floating else "floating point"
+        return None if jnp.issubdtype(stored, jnp.integer) else "integers"
+    return None if jnp.issubdtype(stored, jnp.floating) or stored == PACKED_FP4 else "floating point"
 
 
 def _compare(files, layout, parameters, sources, rules, slots, origin) -> list[str]:

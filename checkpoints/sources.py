@@ -34,12 +34,7 @@ def open_checkpoint(folder: Path, allow_pickle: bool = False) -> Checkpoint:
     Raises:
         DsparseError: no checkpoint is there, or a file is damaged, or only pickles are there and `allow_pickle` is off.
     """
-    if not folder.is_dir():
-        unfinished = partial_folder(folder)
-        hint = f"; {unfinished} is an unfinished conversion: run it again" if unfinished.exists() else ""
-        raise DsparseError(f"{folder}: not found; expected the folder of a model{hint}")
-    if (folder / JOURNAL).exists():
-        raise DsparseError(f"{folder}: an unfinished conversion; run the same conversion again to finish it")
+    check_folder(folder)
     config = ModelConfig.from_huggingface(folder)
     if native.is_native(folder):
         origin = native.read_manifest(folder)
@@ -47,6 +42,16 @@ def open_checkpoint(folder: Path, allow_pickle: bool = False) -> Checkpoint:
         return Checkpoint(TensorFiles(native.list_native(folder)), config, native.LAYOUT, origin, native=True)
     files = _open_huggingface(folder, allow_pickle)
     return Checkpoint(files, config, layout_of(config), Origin(str(folder), side_files(folder)), native=False)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise DsparseError unless a folder is there that no conversion has left unfinished."""
+    if not folder.is_dir():
+        unfinished = partial_folder(folder)
+        hint = f"; {unfinished} is an unfinished conversion: run it again" if unfinished.exists() else ""
+        raise DsparseError(f"{folder}: not found; expected the folder of a model{hint}")
+    if (folder / JOURNAL).exists():
+        raise DsparseError(f"{folder}: an unfinished conversion; run the same conversion again to finish it")
 
 
 def partial_folder(destination: Path) -> Path:

@@ -126,9 +126,11 @@ def run_inspect(arguments: argparse.Namespace) -> None:
 def run_generate(arguments: argparse.Namespace) -> None:
     import numpy as np
 
+    from dsparse.checkpoints.sources import check_folder
     from dsparse.generation import generate
     from dsparse.tokenizer import Tokenizer
 
+    check_folder(Path(arguments.path))
     tokenizer = Tokenizer(arguments.path)
     ids = tokenizer.encode(arguments.prompt)
     if not ids:

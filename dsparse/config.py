@@ -176,9 +176,14 @@ class ModelConfig:
         """
         from dsparse.config_huggingface import model_config_fields
 
-        if not isinstance(source, Mapping):
-            source = read_config_file(Path(source))
-        return cls(**model_config_fields(source), huggingface=dict(source))
+        if isinstance(source, Mapping):
+            return cls(**model_config_fields(source), huggingface=dict(source))
+        file = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
+        parsed = read_config_file(file)
+        try:
+            return cls.from_huggingface(parsed)
+        except DsparseError as error:
+            raise DsparseError(f"{file}: {error}") from error
 
     @classmethod
     def tiny(cls, family: str = "deepseek_v3", **overrides: Any) -> ModelConfig:
@@ -188,9 +193,8 @@ class ModelConfig:
         return cls.from_huggingface(tiny_config(family) | overrides)
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
-    """Parse `path` (a config.json or the folder that holds one)."""
-    file = path / "config.json" if path.is_dir() else path
+def read_config_file(file: Path) -> dict[str, Any]:
+    """The entries of a config.json."""
     if not file.is_file():
         raise DsparseError(f"{file}: not found; expected a model folder with a config.json")
     try:

@@ -116,13 +116,14 @@ def _is_counts(value: Any) -> bool:
 # What entries that are translated, not copied, must be: in words, the test, and the names.
 _KINDS = (
     ("a whole number", lambda value: type(value) is int, (
-        "head_dim", "first_k_dense_replace", "num_hash_layers", "index_topk_freq",
-        "index_skip_topk_offset", "num_mtp_layers", "compress_rate_csa", "compress_rate_hca")),
+        "head_dim", "index_topk_freq", "index_skip_topk_offset", "compress_rate_csa", "compress_rate_hca")),
+    ("a whole number from 0 on", lambda value: type(value) is int and value >= 0, (
+        "first_k_dense_replace", "num_hash_layers", "n_shared_experts", "num_nextn_predict_layers", "num_mtp_layers")),
     ("a positive whole number", lambda value: type(value) is int and value > 0, (
-        "num_hidden_layers", "moe_layer_freq", "original_max_position_embeddings")),
+        "num_hidden_layers", "moe_layer_freq", "original_max_position_embeddings", "q_lora_rank")),
     ("a positive number", lambda value: _is_number(value) and value > 0, (
         "rope_theta", "compress_rope_theta", "partial_rotary_factor", "factor", "beta_fast", "beta_slow",
-        "attention_factor")),
+        "attention_factor", "rms_norm_eps")),
     ("a number", _is_number, ("mscale", "mscale_all_dim")),
     ("true or false", lambda value: type(value) is bool, ("truncate",)),
     ("text", lambda value: isinstance(value, str), ("rope_type", "type")),
@@ -253,9 +254,10 @@ def rope_parameters(values: Mapping[str, Any]) -> RopeParameters:
     stated.setdefault("rope_type", stated.pop("type", "default"))
     stated.setdefault("rope_theta", values.get("rope_theta", 10000.0))
     if stated["rope_type"] == "yarn":
-        stated.setdefault("original_max_position_embeddings", values.get("max_position_embeddings", 4096))
+        limit = values.get("max_position_embeddings", 4096)
+        stated.setdefault("original_max_position_embeddings", limit)
         if stated.get("factor") is None:
-            stated["factor"] = values["max_position_embeddings"] / stated["original_max_position_embeddings"]
+            stated["factor"] = limit / stated["original_max_position_embeddings"]
     fields = {field.name: float if "float" in field.type else None for field in dataclasses.fields(RopeParameters)}
     kept = {name: value for name, value in stated.items() if name in fields and value is not None}
     return RopeParameters(**{name: fields[name](value) if fields[name] else value for name, value in kept.items()})

@@ -82,6 +82,8 @@ def generate(
     if max_new_tokens < 1:
         raise DsparseError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
     sampling = make_sampling(temperature, top_k, top_p, min_p)
+    if not 0 <= seed < 1 << 32:  # JAX's keys hold 32 bits of it
+        raise DsparseError(f"seed {seed} is out of range (0 <= seed < 2**32)")
     stop, filler = _stop_tokens(model, stop_tokens)
     drafters = _drafters(model, speculative)
     structure, state = split(model)

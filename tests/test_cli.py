@@ -94,7 +94,7 @@ def test_evaluation_needs_two_tokens():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["generate", "no/such/folder", "--prompt", "a"], "no/such/folder"),
+        (["generate", "no/such/folder", "--prompt", "a"], "no/such/folder: not found; expected the folder of a model"),
         (["generate", DEMO, "--prompt", ""], "--prompt is empty"),
         (["generate", DEMO, "--prompt", "a", "--dtype", "int4"], "dtype 'int4' is not supported"),
         (["generate", DEMO, "--prompt", "a", "--mesh", "rows=2"], "mesh 'rows=2'"),
@@ -107,6 +107,7 @@ def test_evaluation_needs_two_tokens():
         (["eval", DEMO, "--data", "no-such-file.txt"], "no-such-file.txt: not found"),
         (["generate", DEMO, "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
         (["generate", DEMO, "--prompt", "a", "--temperature", "-1"], "temperature -1.0 is out of range"),
+        (["generate", DEMO, "--prompt", "a", "--seed", 1 << 32], "seed 4294967296 is out of range"),
         (["convert", "no/such/folder", "out"], "no/such/folder"),
         (["convert", DEMO, __file__ + "/inside"], "Not a directory"),
     ],

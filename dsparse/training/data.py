@@ -235,7 +235,7 @@ def read_text(file: Path) -> str:
     except UnicodeDecodeError as error:
         raise DsparseError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from error
     if not text.strip():
-        raise DsparseError(f"{file}: empty, nothing to train on")
+        raise DsparseError(f"{file}: empty, there is no text in it")
     return text
 
 

@@ -44,6 +44,9 @@ def test_missing_folder_config_and_weights(tmp_path: Path, source: Path):
     assert "nowhere: not found" in message_of(dsparse.from_pretrained, tmp_path / "nowhere")
     (source / "model.safetensors").rename(source / "elsewhere")
     assert "no model.safetensors" in message_of(dsparse.from_pretrained, source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"n_group": 3}))
+    assert "source/config.json: config field n_group (3) does not" in message_of(dsparse.from_pretrained, source)
     (source / "config.json").unlink()
     assert "config.json: not found" in message_of(dsparse.from_pretrained, source)
 
@@ -131,8 +134,9 @@ def test_more_bytes_than_the_header_says(source: Path):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.bool])
-def test_integers_where_floating_point_belongs(tmp_path: Path, source: Path, dtype):
-    name = "model.layers.1.self_attn.o_proj.weight"
+@pytest.mark.parametrize("name", ["self_attn.o_proj", "mlp.experts.2.up_proj"])
+def test_integers_where_floating_point_belongs(tmp_path: Path, source: Path, dtype, name: str):
+    name = f"model.layers.1.{name}.weight"
     bad = edited(source, tmp_path / "bad", lambda state: state.update({name: state[name].to(dtype)}))
     for call in (dsparse.from_pretrained, lambda path: dsparse.from_pretrained(path, dtype="float32")):
         message = message_of(call, bad)
@@ -190,7 +194,8 @@ def test_fp8_without_scales(tmp_path: Path):
 def test_experts_of_different_dtypes(tmp_path: Path, source: Path):
     name = "model.layers.1.mlp.experts.2.up_proj.weight"
     bad = edited(source, tmp_path / "bad", lambda state: state.update({name: state[name].float()}))
-    assert "stored in different dtypes" in message_of(dsparse.from_pretrained, bad)
+    message = message_of(dsparse.from_pretrained, bad)
+    assert "stored in different dtypes" in message and f"float32 {name}" in message
     assert dsparse.from_pretrained(bad, dtype="float32").dtype == "float32"
 
 
