@@ -9,6 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from dsparse.checkpoints import saving
 from dsparse.errors import DsparseError
 from dsparse.training.step import TrainState
 
@@ -30,11 +31,20 @@ class Checkpoints:
         """Copy the state and write it in the background, once the save before it is done.
 
         data: where the run stands in its data (`Batches.state`).
+
+        Raises:
+            DsparseError: the disk has no room for it.
         """
+        self.manager.wait_until_finished()
+        self.check_space(step, state)
         run = {"data": data, "params": _shapes(state)}
         self.manager.save(
             step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), run=ocp.args.JsonSave(run)), force=True
         )
+
+    def check_space(self, step: int, state: TrainState) -> None:
+        """Raise DsparseError if the disk has no room for a state: the background writer fails less clearly."""
+        saving.check_space(self.folder / str(step), sum(array.nbytes for array in jax.tree.leaves(state)))
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The latest state, sharded as `like`, whose arrays are given up; and where that run stood in its data.

@@ -52,6 +52,7 @@ def train(config: TrainConfig, model: Model | None = None) -> TrainState:
                 state, position = checkpoints.restore(state)
                 data.restore(position)
                 print(f"going on from step {int(state.step)} in {checkpoints.folder}", flush=True)
+            checkpoints.check_space(config.steps, state)  # not only after hours
             state = _Run(config, update, data, checkpoints, model.mesh, stop)(state)
         finally:
             checkpoints.close()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,18 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(options, 
     assert sorted(int(f.name) for f in (tmp_path / "run" / "states").iterdir() if f.name.isdigit()) == [2, 3]
     state = train(TrainConfig(**options, resume=True), small_model())  # the poison is spent
     assert int(state.step) == 4 and [step for step, *_ in losses(options["output_dir"])] == [1, 2, 3, 4]
+
+
+def test_a_full_disk_is_seen_before_a_state_is_written(options, tmp_path, monkeypatch):
+    usage, free = shutil.disk_usage(tmp_path), iter([10**12, 10**12, 1000, 1000])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=next(free)))
+    with pytest.raises(DsparseError, match=r"states.4: 0\.00 GB are needed and 0\.00 GB are free on that disk"):
+        train(TrainConfig(**options), small_model())
+    assert [step for step, *_ in losses(options["output_dir"])] == [1, 2, 3, 4]
+    assert [folder.name for folder in (tmp_path / "run" / "states").iterdir()] == ["2"]
+    with pytest.raises(DsparseError, match="are needed and"):  # nothing is trained that could not be saved
+        train(TrainConfig(**options | {"output_dir": str(tmp_path / "other")}), small_model())
+    assert not (tmp_path / "other" / "metrics.jsonl").exists()
 
 
 def test_the_export_is_the_trained_model_and_metrics_reach_tensorboard(options, tmp_path):
