@@ -13,6 +13,7 @@ import dataclasses
 import fcntl
 import json
 import math
+import re
 import resource
 import shutil
 import sys
@@ -102,12 +103,19 @@ def convert(
         with _partial(checkpoint, source, destination, options, total) as partial:
             work(partial)
     warn_nonfinite(files)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Report(
         str(source), str(destination), format, len(files.tensors), files.bytes_read, job.written,
-        time.monotonic() - started, peak, job.resumed, 
+        time.monotonic() - started, peak_memory(), job.resumed, 
         tuple(sorted(files.nonfinite, key=saving.natural)), tuple(plan.notes),
     )  # fmt: skip
+
+
+def peak_memory() -> int:
+    """Bytes of memory this process has held at most."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux's getrusage counts the process that started this one, too
+        return int(re.search(r"VmHWM:\s*([0-9]+) kB", status.read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextlib.contextmanager

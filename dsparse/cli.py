@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dsparse import dispatch
@@ -109,11 +111,22 @@ def _load(arguments: argparse.Namespace):
 def run_convert(arguments: argparse.Namespace) -> None:
     from dsparse.checkpoints.convert import convert
 
-    report = convert(
-        arguments.source, arguments.destination, format=arguments.format, dtype=arguments.dtype,
-        quantization=arguments.quantization, allow_pickle=arguments.allow_pickle, force=arguments.force,
-    )  # fmt: skip
+    with _terminated_as_interrupted():
+        report = convert(
+            arguments.source, arguments.destination, format=arguments.format, dtype=arguments.dtype,
+            quantization=arguments.quantization, allow_pickle=arguments.allow_pickle, force=arguments.force,
+        )  # fmt: skip
     print(report)
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, as schedulers send it, ends the work like an interruption from the keyboard: with its explanation."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_inspect(arguments: argparse.Namespace) -> None:

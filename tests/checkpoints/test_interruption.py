@@ -6,12 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from published import make, raw_tensors
 
 import dsparse
 from dsparse.checkpoints import native
-from dsparse.checkpoints.convert import convert
+from dsparse.checkpoints.convert import convert, peak_memory
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,6 +21,7 @@ STALLING = """
 import sys, time
 from dsparse.checkpoints import native, saving
 from dsparse.checkpoints.convert import convert
+from dsparse.cli import main
 calls = []
 def stall(write):
     def wrapped(*args, **kwargs):
@@ -31,24 +33,27 @@ def stall(write):
     return wrapped
 native.write_layer = stall(native.write_layer)
 saving.write_shard = stall(saving.write_shard)
-convert(sys.argv[1], sys.argv[2], format=sys.argv[3], max_shard_size="150KB", progress=False)
 """
+CALL = 'convert(sys.argv[1], sys.argv[2], format=sys.argv[3], max_shard_size="150KB", progress=False)'
+COMMAND = 'sys.exit(main(["convert", sys.argv[1], sys.argv[2], "--format", sys.argv[3]]))'
 
 
-def stall_and_signal(source: Path, destination: Path, format: str, number: signal.Signals) -> None:
-    arguments = [sys.executable, "-c", STALLING, str(source), str(destination), format]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+def stall_and_signal(
+    source: Path, destination: Path, format: str, number: signal.Signals, work: str = CALL
+) -> tuple[int, str]:
+    """Exit status and what was written to standard error."""
+    arguments = [sys.executable, "-c", STALLING + work, str(source), str(destination), format]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout.readline() == "stalled\n"
     process.send_signal(number)
-    assert process.wait(60) != 0
-    process.stdout.close()
+    return process.wait(60), process.communicate()[1]
 
 
 @pytest.mark.parametrize("format", ["dsparse", "huggingface"])
 def test_killed_conversion_goes_on(tmp_path: Path, format: str):
     source = make(tmp_path / "source", mtp=1)
     destination = tmp_path / "out"
-    stall_and_signal(source, destination, format, signal.SIGKILL)
+    assert stall_and_signal(source, destination, format, signal.SIGKILL)[0] == -signal.SIGKILL
     assert not destination.exists()
     with pytest.raises(dsparse.DsparseError, match="unfinished conversion: run it again"):
         dsparse.from_pretrained(destination)
@@ -88,9 +93,17 @@ def test_interrupted_from_the_keyboard(tmp_path: Path, monkeypatch: pytest.Monke
     assert convert(source, tmp_path / "out", progress=False).resumed_from > 0
 
 
+def test_a_terminated_command_says_how_to_go_on(tmp_path: Path):
+    source = make(tmp_path / "source")
+    status, err = stall_and_signal(source, tmp_path / "out", "dsparse", signal.SIGTERM, COMMAND)
+    assert status == 1 and "Traceback" not in err
+    assert "out: interrupted; finished parts are kept: the same command goes on from there, or delete" in err
+    assert convert(source, tmp_path / "out", progress=False).resumed_from > 0
+
+
 def test_two_conversions_to_one_place(tmp_path: Path):
     source = make(tmp_path / "source")
-    arguments = [sys.executable, "-c", STALLING, str(source), str(tmp_path / "out"), "dsparse"]
+    arguments = [sys.executable, "-c", STALLING + CALL, str(source), str(tmp_path / "out"), "dsparse"]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert process.stdout.readline() == "stalled\n"
@@ -101,6 +114,15 @@ def test_two_conversions_to_one_place(tmp_path: Path):
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's /proc")
+def test_peak_memory_is_the_process_own():
+    """Linux hands the peak of the process that started this one down through getrusage."""
+    ballast = np.ones(1 << 27)  # 1 GiB
+    code = "from dsparse.checkpoints.convert import peak_memory; print(peak_memory())"
+    started = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert int(started.stdout) < ballast.nbytes < peak_memory()
 
 
 def test_report(tmp_path: Path):
