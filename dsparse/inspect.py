@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
@@ -16,6 +17,7 @@ from dsparse.blocks import MIXERS
 from dsparse.config import LayerSpec, ModelConfig
 from dsparse.errors import DsparseError
 from dsparse.model import Model
+from dsparse.params import PACKED_FP4
 
 LENGTHS = (1024, 8192, 32768, 131072)
 CACHE_SPAN = 1 << 16  # tokens over which the cost of one more cached token is measured
@@ -53,7 +55,8 @@ class Selection:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Parameters count each weight once; active ones are those a token passes through (the head, but no embedding)."""
+    """Parameters count each weight once; active ones are those a token passes through (the head, but no
+    embedding or table)."""
 
     path: str
     model_type: str
@@ -126,14 +129,17 @@ def describe(model: Model, lengths: tuple[int, ...] = LENGTHS, path: str = "") -
 
 
 def _parameters(model: Model) -> Iterator[tuple[int, int | str, float, int]]:
-    """(weights, layer, share of them a token passes through, bytes) of each parameter; block scales are no weights."""
+    """(weights, layer, share of them a token passes through, bytes) of each parameter.
+
+    Block scales are no weights; a byte of packed FP4 is two.
+    """
     config = model.config
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         shape, itemsize = variable.shape, variable.dtype.itemsize
-        weights = 0 if str(path[-1]).endswith("_scale_inv") else 1
+        weights = 0 if str(path[-1]).endswith("_scale_inv") else 2 if variable.dtype == PACKED_FP4 else 1
         share = config.num_experts_per_tok / config.n_routed_experts if "experts" in path else 1.0
-        if path[0] == "embed_tokens" and not config.tie_word_embeddings:
-            share = 0.0
+        if path[-1] == "tid2eid" or (path[0] == "embed_tokens" and not config.tie_word_embeddings):
+            share = 0.0  # a token reads one row
         if path[0] != "stacks":
             size = math.prod(shape)
             yield weights * size, "mtp" if path[0] == "mtp" else "top", share, size * itemsize
@@ -177,7 +183,7 @@ def attention_flops(config: ModelConfig, spec: LayerSpec, length: int) -> int:
     else:
         key = value = c.head_dim
         entries = length // spec.compress_rate if spec.compress_rate else 0
-        scored = entries if spec.index_topk is not None and entries > spec.index_topk else 0
+        scored = entries if spec.indexer == "full" and entries > spec.index_topk else 0
         chosen = entries if spec.index_topk is None else min(entries, spec.index_topk)
         attended = min(length, c.sliding_window) + chosen
     return 2 * heads * (key + value) * attended + 2 * c.index_n_heads * (c.index_head_dim + 1) * scored
@@ -195,6 +201,7 @@ def _with_selections(report: Report, path: Path, text: str) -> Report:
     if not ids:
         raise DsparseError("the text is empty: give at least one token")
     model = from_pretrained(path)
+    model.dtype = jnp.dtype(jnp.float32)  # lower precision would exchange tokens of close scores
     selected = [None if s is None else np.asarray(s[0]) for s in model.selections(np.asarray([ids], np.int32))]
     found = list(layer_selections(model.config, selected, len(ids)))
     return dataclasses.replace(report, tokens=[tokenizer.decode([i]) for i in ids], selections=found)

@@ -9,6 +9,7 @@ from support import DEMO, ROOT, trained_checkpoint
 import dsparse
 from dsparse.config import ModelConfig
 from dsparse.inspect import attended, describe, inspect_checkpoint, layer_selections
+from dsparse.tokenizer import Tokenizer
 
 
 def test_counts_of_the_demo():
@@ -43,13 +44,33 @@ def test_costs_of_sparse_layers():
     assert (full.cache_bytes, shared.cache_bytes) == (4 * (latent + config.index_head_dim), 4 * latent)
 
 
+def test_costs_of_shared_entries_and_packed_experts():
+    """A layer that shares its entries scores none; two FP4 weights stand in a byte; a token reads one row of a table."""
+    kinds = {"layer_types": ["compressed_sparse_attention"] * 2, "indexer_types": ["full", "shared"]}
+    options = {"num_hidden_layers": 2, "mlp_layer_types": ["hash_moe", "moe"], **kinds}
+    config = ModelConfig.tiny("deepseek_v4", **options)
+    packed = {f"mlp.experts.{name}": np.dtype(np.int8) for name in ("gate_up_proj", "down_proj")}
+    plain, stored = (
+        describe(nnx.eval_shape(lambda s=s: dsparse.Model(config, rngs=nnx.Rngs(0), storage=s)), (100,))
+        for s in (None, [packed, packed, {}])
+    )
+    assert (stored.parameters, stored.active_parameters) == (plain.parameters, plain.active_parameters)
+    experts, table = 2 * 8 * 3 * 64 * 32, 256 * 2
+    assert plain.parameters - plain.active_parameters == experts * 6 // 8 + table + 256 * 64
+    full, shared = (kind.attention_flops[0] for kind in plain.kinds)
+    assert full - shared == 2 * config.index_n_heads * (config.index_head_dim + 1) * 25
+
+
 def test_selections_and_heat_map(tmp_path):
     folder = trained_checkpoint("v32")
     text = (ROOT / "examples" / "demo" / "text.txt").read_text(encoding="utf-8")[:500]
     file = tmp_path / "selected.png"
     report = inspect_checkpoint(folder, text, heat_map=file)
     assert [selection.layer for selection in report.selections] == list(range(6))
-    for selection in report.selections:
+    ids = np.asarray([Tokenizer(folder).encode(text)])
+    exact = dsparse.from_pretrained(folder, dtype="float32").selections(ids)
+    for selection, chosen in zip(report.selections, exact, strict=True):
+        assert selection.indices == [sorted(i for i in row if i >= 0) for row in chosen[0].tolist()]
         for query, row in enumerate(selection.indices):
             assert len(row) == len(set(row)) == min(query + 1, 64) and row[-1] <= query
     assert file.read_bytes().startswith(b"\x89PNG")
