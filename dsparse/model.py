@@ -124,7 +124,7 @@ class Model(nnx.Module):
             table = constrain(self.embed_tokens.weight[...], "vocab", None)  # rows whole: fsdp may split the batch too
             x = constrain(table[tokens].astype(self.dtype), "batch", None, None)
             if self.hc_head is not None:
-                x = jnp.repeat(x[:, :, None], self.config.hc_mult, axis=2)
+                x = constrain(jnp.repeat(x[:, :, None], self.config.hc_mult, axis=2), "batch", None, None, None)
             new_cache, reports = [], []
             for index, stack in enumerate(self.stacks):
                 x, caches, report, selected = stack(x, context, None if cache is None else cache[index], self.remat)
