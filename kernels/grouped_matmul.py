@@ -306,7 +306,8 @@ def _tiles_kernel(
         def locate(i):
             index = sm + i * blocks
             tile = lax.div(index, column_groups)
-            column_tile = lax.rem(index, column_groups) * cluster + lax.axis_index("cluster")
+            # lax.rem would cost the register that spills.
+            column_tile = (index - tile * column_groups) * cluster + lax.axis_index("cluster")
             wanted = column_tile * tiling.columns
             return tile, wanted, pl.multiple_of(jnp.minimum(wanted, out_columns - tiling.columns), 64)
 
