@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ import numpy as np
 from flax import nnx
 
 import dsparse
+from dsparse.checkpoints.convert import peak_memory
 from dsparse.training.loss import cross_entropy
 
 LAYERS = 2
@@ -89,7 +89,7 @@ def seconds(path: str, length: int) -> float:
 def measure(path: str, length: int) -> None:
     """Print one line."""
     taken = seconds(path, length)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
+    peak = peak_memory() / (1 << 30)
     print(f"{path:20s} {length:7d} {1e6 * taken / length:9.1f} {taken:8.2f} {peak:9.2f}", flush=True)
 
 

@@ -20,7 +20,7 @@ Record = dict[str, Any]
 class Row(NamedTuple):
     """A line of a table. measured, beside: templates for each case's record; what they make is joined with " / ".
 
-    peers: the cases that `beside` reads, where they are others.
+    peers: the cases that `beside` reads, where they are others. failed: stands for `beside` where a case could not run.
     """
 
     label: str
@@ -30,6 +30,7 @@ class Row(NamedTuple):
     unit: str
     beside: str = ""
     peers: tuple[str, ...] | None = None
+    failed: str = ""
 
 
 GROUPED = "256 groups, 65536 rows, 7168 to 2048"
@@ -130,8 +131,9 @@ KERNELS = (
         ("8192 tokens, forward and backward, mosaic_gpu", "32768 tokens, forward and backward, mosaic_gpu"),
         "{ms:.0f}",
         "ms",
-        "XLA {ms:.0f} ms / needs 99 GiB, kernels 64",
-        ("8192 tokens, forward and backward, xla",),
+        "XLA {ms:.0f} ms",
+        ("8192 tokens, forward and backward, xla", "32768 tokens, forward and backward, xla"),
+        "XLA needs {gib:.0f} GiB",
     ),
 )
 MODELS = tuple(
@@ -187,7 +189,8 @@ def table(name: str) -> str:
     for row in rows:
         cases, peers = ([found[row.benchmark, case] for case in some] for some in (row.cases, row.peers or row.cases))
         measured = " / ".join(row.measured.format(**case) for case in cases)
-        beside = " / ".join(row.beside.format(**case) for case in peers) if row.beside else ""
+        templates = ((row.failed if "failed" in case else row.beside, case) for case in peers if row.beside)
+        beside = " / ".join(template.format(**case) for template, case in templates)
         lines.append(f"| {row.label} | {measured} {row.unit} | {beside} |".replace("  |", " |"))
     sources = sorted({f"{record['device']}, {record['jax']}" for record in used})
     dates = sorted({record["date"] for record in used})

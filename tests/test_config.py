@@ -152,6 +152,13 @@ def test_inconsistent_configs_are_named(changes, message):
         ModelConfig.from_huggingface(tiny_config("deepseek_v3") | changes)
 
 
+def test_yarn_without_a_factor_or_a_longest_length():
+    stated = tiny_config("deepseek_v3") | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0}}
+    del stated["max_position_embeddings"]
+    rope = ModelConfig.from_huggingface(stated).rope_parameters
+    assert (rope.factor, rope.original_max_position_embeddings) == (1.0, 4096)
+
+
 def test_what_a_family_fixes_is_not_read_from_its_config():
     """As in transformers: V3.2's indexer is half-split and its attention interleaved whatever the config says."""
     stated = {"rope_interleave": False, "indexer_rope_interleave": True, "mlp_bias": True}
