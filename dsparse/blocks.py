@@ -23,6 +23,7 @@ from dsparse.hyper import HyperConnection, HyperHead
 from dsparse.layers import GatedMLP, Linear, RMSNorm
 from dsparse.moe import MixtureOfExperts, Routing
 from dsparse.params import Scope, normal
+from dsparse.remat import POLICIES
 from dsparse.sharding import constrain
 from dsparse.sparse import IndexedLatentAttention
 
@@ -32,12 +33,6 @@ MIXERS = {
     "sliding_attention": CompressedAttention,
     "compressed_sparse_attention": CompressedAttention,
     "heavily_compressed_attention": CompressedAttention,
-}
-
-REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
@@ -210,9 +205,9 @@ class Stack(nnx.Module):
                 reports.append(report if context.report_selected else report._replace(selected=None))
             return (x, caches, selected), reports
 
-        if REMAT_POLICIES[remat] is not None:
+        if (policy := POLICIES[remat]) is not None:
             alone = self.repeats == 1  # inside a scan nothing is merged with the forward pass anyway
-            step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=alone)
+            step = jax.checkpoint(step, policy=policy, prevent_cse=alone)
         if self.repeats == 1:  # no scan: the leading axis of 1 costs nothing to index
             (x, caches, selected), reports = step(
                 (x, caches, context.selected), (jax.tree.map(lambda a: a[0], stacked), 0)

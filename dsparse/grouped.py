@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from dsparse.reference import dequantize, gradient_once, swiglu
+from dsparse.remat import keep
 
 COPIED_BYTES = 5 << 19  # weights copied for one turn's batched product on a CPU: they stay in its cache
 ON_ACCELERATORS = 24  # times as many, so that products are large
@@ -96,7 +97,7 @@ def expert_mlp(
     """Sum over each token's chosen experts, weighted; choice E (one past the last) adds nothing. Exact, no capacity."""
     groups, group = experts.gate_up.shape[0], choice.reshape(-1)
     if group.size > FEW_ROWS or group.size * _bytes_of_one(experts) > COPIED_BYTES * ON_ACCELERATORS:
-        return _experts_in_turns(limit, x, weights, in_turns(group, experts), experts)
+        return _experts_in_turns(limit, x, weights, keep(in_turns(group, experts)), experts)
     gate_up, down = experts.of(jnp.minimum(group, groups - 1), x.dtype)
     weights = jnp.where(choice < groups, weights, 0).reshape(-1, 1, 1)
     hidden = jnp.einsum("bmd,bfd->bmf", jnp.repeat(x, choice.shape[1], axis=0)[:, None], gate_up)
@@ -129,7 +130,11 @@ def _turn(i, x, weights, turns: Turns, experts: Experts):
 
 
 def _add_rows(table: Float[Array, "T D"], index: Int[Array, "b m"], rows: Float[Array, "b m D"]) -> Float[Array, "T D"]:
-    return table.at[index].add(rows.astype(table.dtype), mode="promise_in_bounds")
+    """table[index] += rows, in the shapes that XLA scatters on a CPU: of others it makes a copy first."""
+    updates = rows.astype(table.dtype).reshape(-1, 1, rows.shape[-1])
+    whole_rows = jax.lax.ScatterDimensionNumbers((1, 2), (), (0,))
+    mode = jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS
+    return jax.lax.scatter_add(table, index.reshape(-1, 1), updates, whole_rows, mode=mode)
 
 
 def _experts_backward(limit, residuals, d_out):
@@ -239,6 +244,7 @@ def sorted_expert_mlp(
     order = jnp.argsort(group, stable=True)
     place = jnp.zeros_like(order).at[order].set(jnp.arange(group.size), unique_indices=True).reshape(choice.shape)
     sizes = jnp.bincount(group, length=groups + 1)[:groups].astype(jnp.int32)
-    hidden = swiglu_rows(spread(x, order, place), experts, sizes)
+    order, place, sizes = keep((order, place, sizes))
+    hidden = keep(swiglu_rows(spread(x, order, place), experts, sizes))
     hidden *= spread(weights.reshape(-1, 1), order, place.reshape(-1, 1)).astype(hidden.dtype)
     return collect(down_rows(hidden, experts, sizes), order, place)

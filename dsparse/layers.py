@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from dsparse import ops, reference
 from dsparse.config import ModelConfig, RopeParameters
 from dsparse.params import Scope, normal, ones, zeros
+from dsparse.remat import keep
 from dsparse.sharding import current_mesh
 
 
@@ -36,9 +37,11 @@ class Linear(nnx.Module):
         self.weight = scope.param("weight", (d_out, d_in), axes, init, minimum=minimum)
         self.weight_scale_inv = scope.scale_inv("weight", (d_out, d_in), axes)
         self.bias = scope.param("bias", (d_out,), axes[:1], zeros) if bias else None
+        self.expands = axes[1] == "latent"  # its output is many times what it is made of
 
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         y = ops.linear(x, self.weight[...], None if self.weight_scale_inv is None else self.weight_scale_inv[...])
+        y = y if self.expands else keep(y)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     def dense_weight(self, dtype) -> Float[Array, "d_out d_in"]:
@@ -62,7 +65,7 @@ class GroupedLinear(nnx.Module):
         )
         x = x.reshape(*x.shape[:2], self.groups, -1)
         y = jnp.einsum("BTGD,GFD->BTGF", x, weight.reshape(self.groups, -1, weight.shape[-1]))
-        return y.reshape(*y.shape[:2], -1)
+        return keep(y).reshape(*y.shape[:2], -1)
 
 
 def rms_normalize(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"]:
@@ -111,7 +114,7 @@ class GatedMLP(nnx.Module):
         self.limit = config.swiglu_limit
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        gate, up = self._gate_up(x)
+        gate, up = keep(self._gate_up(x))
         if self.gate_up_bias is not None:
             bias = self.gate_up_bias[...].astype(x.dtype)
             gate, up = gate + bias[0], up + bias[1]

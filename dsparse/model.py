@@ -35,7 +35,7 @@ class Model(nnx.Module):
 
     dtype: of activations; weights are cast to it where they are used, so they may be stored in any other.
     mesh: devices the model is sharded over, or None.
-    remat: what the backward pass keeps of each layer: "none" (everything), "dots" or "full" (nothing).
+    remat: what the backward pass computes again of each layer: "none", "selective" or "full" (`remat.POLICIES`).
     """
 
     def __init__(

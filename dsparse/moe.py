@@ -15,6 +15,7 @@ from dsparse import grouped, ops, sharding
 from dsparse.config import ModelConfig
 from dsparse.layers import GatedMLP
 from dsparse.params import Buffer, Scope, normal, zeros
+from dsparse.remat import keep
 
 
 class Routing(NamedTuple):
@@ -60,13 +61,13 @@ class Router(nnx.Module):
         self, x: Float[Array, "B T D"], tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None
     ) -> Routing:
         c = self.config
-        logits = ops.linear(x.astype(jnp.float32), self.weight[...].astype(jnp.float32))
+        logits = keep(ops.linear(x.astype(jnp.float32), self.weight[...].astype(jnp.float32)))
         scores = SCORES[c.scoring_func](logits)
         if self.hashed:
             experts = self.tid2eid[...][tokens]
         else:
             choice = jax.lax.stop_gradient(self._eligible(scores))
-            _, experts = jax.lax.top_k(choice, c.num_experts_per_tok)
+            experts = keep(jax.lax.top_k(choice, c.num_experts_per_tok)[1])
         weights = jnp.take_along_axis(scores, experts, axis=-1)
         if (
             c.norm_topk_prob and c.scoring_func != "softmax"

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from dsparse import banded, causal, dispatch, gathered, grouped, indexing, reference, sharding
 from dsparse.params import QUANTIZED
+from dsparse.remat import keep
 
 KEY_BLOCK = 512  # cached keys expanded at once
 EXPANDED_BYTES = 4 << 30  # most memory for all cached keys and values expanded at once, where cuDNN takes them
@@ -249,7 +250,7 @@ def indexer_topk(
     def select(q, k, weights, ends, starts):
         return dispatch.call("indexer_topk", implementation, choices, q, k, weights, topk, ends=ends, starts=starts)
 
-    return _without_gradient(select)(q, k, weights, ends, starts)
+    return keep(_without_gradient(select)(q, k, weights, ends, starts))
 
 
 def _without_gradient(select: Callable[..., Array]) -> Callable[..., Array]:

@@ -11,15 +11,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
+
+from dsparse import remat
 
 SCORE_BYTES = 4 << 20  # of the scores made at once on a CPU: they stay in its cache
 ON_ACCELERATORS = 32  # times as many, so that products are large
-RESULT = "shared_rows.attend"
 
 # Of a function that makes rows and masks and attends, the backward pass keeps inputs and results, and makes those again.
-keep_results = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(RESULT))
+keep_results = functools.partial(jax.checkpoint, policy=remat.POLICIES["selective"])
 
 
 def queries_at_once(batch: int, heads: int, rows: int) -> int:
@@ -66,7 +66,7 @@ def attend(
 
 
 def _forward(q, rows, keep, sinks, v_head_dim, scale):
-    out, lse = checkpoint_name(attend(q, rows, keep, sinks, v_head_dim, scale), RESULT)
+    out, lse = remat.keep(attend(q, rows, keep, sinks, v_head_dim, scale))
     return (out, lse), (q, rows, keep, sinks, out, lse)
 
 

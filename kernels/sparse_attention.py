@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import BFloat16, Float, Int
 
 from . import mosaic
@@ -143,7 +144,7 @@ def _joined(out: Float[Array, "B T splits N V"], lse: Float[Array, "B T splits N
 
 def _forward(q, kv, indices, sinks, scale, deterministic):
     del deterministic
-    out, lse = attend(q, kv, indices, sinks, scale)
+    out, lse = checkpoint_name(attend(q, kv, indices, sinks, scale), "kept")  # see `dsparse.remat`
     return (out, lse), (q, kv, indices, sinks, out, lse)
 
 

@@ -61,8 +61,10 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = option(
         "of activations and products; weights are kept in float32", "float32"
     )
-    remat: Literal["none", "dots", "full"] = option(
-        "what the backward pass recomputes of each layer to save memory", "none"
+    remat: Literal["none", "selective", "full"] = option(
+        "what the backward pass computes again of each layer instead of keeping it: nothing, what costs less than its "
+        "memory, or all",
+        "selective",
     )
     mesh: str | None = option("devices to spread over, such as data=2,tensor=4 (axes data, fsdp, expert, tensor)", None)
     # Saving and reporting
