@@ -217,4 +217,7 @@ class Indexer(Compressor):
         weights = self.scorer.weights_proj(x).astype(jnp.float32) * (self.head_dim * self.heads) ** -0.5
         starts = None if context.segment_ids is None else windows.first
         q = apply_rope_to_tail(q, rope)
-        return ops.indexer_topk(q, keys, weights, self.topk, starts=starts, ends=windows.last), cache
+        own = cache is None or context.empty_cache
+        if own:
+            keys = keys[:, : -(-x.shape[1] // self.rate)]  # of a cache, the rest is empty
+        return ops.indexer_topk(q, keys, weights, self.topk, starts=starts, ends=windows.last, own_keys=own), cache

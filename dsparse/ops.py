@@ -215,7 +215,9 @@ def topk(
 
     Exact; of equal scores the lowest positions are taken, and 0.0 equals -0.0. An entry of -inf is never taken.
     """
-    return dispatch.call("topk", implementation, {"mosaic_gpu": _topk_kernel, "xla": indexing.topk}, scores, k, lengths)
+    return dispatch.call(
+        "topk", implementation, {"mosaic_gpu": _topk_kernel, "xla": reference.topk}, scores, k, lengths
+    )
 
 
 def _topk_kernel(scores, k, lengths):
@@ -238,17 +240,21 @@ def indexer_topk(
     *,
     ends: Int[Array, "B T"],
     starts: Int[Array, "B T"] | None = None,
+    own_keys: bool = False,
     implementation: str | None = None,
 ) -> Int[Array, "B T K"]:
     """The `topk` keys with the highest lightning indexer scores, sum over heads of weights * relu(q . k), of each query.
 
     A query sees the keys from `starts` (default 0) to before `ends`; -1 fills where these are fewer than `topk`.
     Scores exist for a bounded chunk of queries at a time. Passes no gradient.
+
+    own_keys: the keys are of the queries' own tokens, in their order: query t's end is at most ceil(S (t + 1) / T).
     """
     choices = {"mosaic_gpu": _indexer_topk_kernel, "xla": _indexer_topk}
 
     def select(q, k, weights, ends, starts):
-        return dispatch.call("indexer_topk", implementation, choices, q, k, weights, topk, ends=ends, starts=starts)
+        options = {"ends": ends, "starts": starts, "own_keys": own_keys}
+        return dispatch.call("indexer_topk", implementation, choices, q, k, weights, topk, **options)
 
     return keep(_without_gradient(select)(q, k, weights, ends, starts))
 
@@ -265,7 +271,8 @@ def _without_gradient(select: Callable[..., Array]) -> Callable[..., Array]:
     return wrapped
 
 
-def _indexer_topk_kernel(q, k, weights, count, *, ends, starts):
+def _indexer_topk_kernel(q, k, weights, count, *, ends, starts, own_keys):
+    del own_keys  # it skips what no query of a block sees
     kernel = dispatch.kernel("indexer", "indexer_topk")
     rows = ("batch", None)
     return dispatch.on_each_device(
@@ -276,8 +283,8 @@ def _indexer_topk_kernel(q, k, weights, count, *, ends, starts):
     )
 
 
-def _indexer_topk(q, k, weights, count, *, ends, starts):
-    return indexing.indexer_topk(q, k, weights, ends, starts, count, topk)
+def _indexer_topk(q, k, weights, count, *, ends, starts, own_keys):
+    return indexing.indexer_topk(q, k, weights, ends, starts, count, own_keys, topk)
 
 
 # ---- windows and compressed entries ---------------------------------------------------------------------------------

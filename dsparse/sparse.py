@@ -111,4 +111,5 @@ class IndexedLatentAttention(LatentAttention):
             return ops.indexer_topk(q, k, weights, self.topk, ends=context.positions + 1)
         row = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
         starts = None if context.segment_ids is None else segment_starts(context.segment_ids)
-        return ops.indexer_topk(q, self.indexer.keys(x, context), weights, self.topk, ends=row + 1, starts=starts)
+        k = self.indexer.keys(x, context)
+        return ops.indexer_topk(q, k, weights, self.topk, ends=row + 1, starts=starts, own_keys=True)

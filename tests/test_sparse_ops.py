@@ -1,5 +1,7 @@
 """Sparse attention and top-k against dense masked references."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,25 +121,30 @@ def test_indexer_logits_head_by_head(heads):
     )
 
 
+@pytest.mark.parametrize("rate", [1, 3])
 @pytest.mark.parametrize("bounded", [False, True])
-def test_indexer_topk_in_chunks_and_prefixes(monkeypatch, bounded):
-    """Neither the chunks of queries nor the prefixes of keys change what is selected."""
+def test_indexer_topk_in_chunks_and_prefixes(monkeypatch, bounded, rate):
+    """Neither the chunks of queries nor the prefixes of keys change what is selected, a key being of `rate` tokens."""
     rng = np.random.default_rng(0)
-    length = 40
+    length, topk = 41, 6
+    keys = length // rate
     q, k, weights = (
-        jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((B, length, N, H), (B, length, H), (B, length, N))
+        jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((B, length, N, H), (B, keys, H), (B, length, N))
     )
-    ends = jnp.broadcast_to(jnp.arange(1, length + 1), (B, length))
-    starts = jnp.maximum(ends - 20, 0) if bounded else None
-    scores = np.array(reference.indexer_logits(q, k, weights)).reshape(-1, length)
+    ends = jnp.broadcast_to(jnp.arange(1, length + 1), (B, length)) // rate
+    starts = jnp.maximum(ends - 20 // rate, 0) if bounded else None
+    scores = np.array(reference.indexer_logits(q, k, weights)).reshape(-1, keys)
     if bounded:
-        scores[np.arange(length) < np.asarray(starts).reshape(-1, 1)] = -np.inf
-    expected = expected_topk(scores, 6, np.asarray(ends).reshape(-1))
+        scores[np.arange(keys) < np.asarray(starts).reshape(-1, 1)] = -np.inf
+    expected = expected_topk(scores, topk, np.asarray(ends).reshape(-1))
     for score_bytes, shortest in ((1 << 30, 1 << 30), (3 * 4 * B * length, 8)):
         monkeypatch.setattr(indexing, "SCORE_BYTES", score_bytes)
         monkeypatch.setattr(indexing, "SHORTEST_PREFIX", shortest)
-        indices = np.asarray(jax.jit(lambda *a: ops.indexer_topk(*a, 6, ends=ends, starts=starts))(q, k, weights))
-        assert [{int(i) for i in row if i >= 0} for row in indices.reshape(-1, 6)] == expected
+        monkeypatch.setattr(indexing, "SHORTEST_PART", shortest)
+        for own_keys in (False, True):
+            choose = functools.partial(ops.indexer_topk, topk=topk, ends=ends, starts=starts, own_keys=own_keys)
+            indices = np.asarray(jax.jit(choose)(q, k, weights))
+            assert [{int(i) for i in row if i >= 0} for row in indices.reshape(-1, topk)] == expected
 
 
 def test_model_gradients_equal_dense_masked_attention(monkeypatch):
