@@ -49,7 +49,7 @@ def grouped_wgrad(
 ) -> Float[Array, "E F D"]:
     """M is a multiple of 8 and at least 64, F and D multiples of 64 and at least 128.
 
-    `x` may hold anything past the last group's rows; `dy` must be finite there.
+    Past the last group's rows `x` may hold anything; `dy` must be finite there, and both in every other row.
     """
     return _wgrad(dy, x, group_sizes, tiling=tilings.weight_gradient(x.shape[1]), interpret=interpret)
 
@@ -130,17 +130,23 @@ def _wgrad(dy, x, group_sizes, *, tiling: WeightTiling, interpret: bool) -> Floa
                     slot = lax.rem(step + k, tiling.stages)
                     base = chunk(k, first)
                     low, high = jnp.maximum(start, first + k * tile_rows) - base, end - base
+                    left = dy_s.at[slot, :, pl.ds(wg * wg_f, wg_f)]
                     plgpu.barrier_wait(full.at[slot])
 
                     @pl.when((low > 0) | (high < tile_rows))
                     def _():
-                        _clear_rows(x_s.at[slot, :, pl.ds(wg * wg_d, wg_d)], low, high, tile_d, interpret)
+                        # Each warpgroup its own factor: neither waits for the other.
+                        _clear_rows(left, low, high, tile_f, interpret)
                         plgpu.commit_smem()
-                        plgpu.barrier_arrive(cleared)
-                        plgpu.barrier_wait(cleared)
 
-                    left = dy_s.at[slot, :, pl.ds(wg * wg_f, wg_f)].transpose((1, 0))
-                    plgpu.wgmma(acc, left, x_s.at[slot])
+                        @pl.when(base + tile_rows > ends_g[groups - 1])
+                        def _():
+                            _clear_rows(x_s.at[slot, :, pl.ds(wg * wg_d, wg_d)], low, high, tile_d, interpret)
+                            plgpu.commit_smem()
+                            plgpu.barrier_arrive(cleared)
+                            plgpu.barrier_wait(cleared)
+
+                    plgpu.wgmma(acc, left.transpose((1, 0)), x_s.at[slot])
                     plgpu.wgmma_wait(1)
                     pl.when(k > 0)(lambda: free(step + k - 1))
                     return ()
