@@ -67,23 +67,20 @@ def model_config_fields(source: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise DsparseError(f"config field model_type {model_type!r} is not supported (known: {known})")
+    _check_kinds(source)
+    source = _with_one_name(source)
     compressed = "compress_rates" in FAMILIES[model_type]
     required = (*_REQUIRED, *(_REQUIRED_COMPRESSED if compressed else _REQUIRED_LATENT))
     missing = [name for name in required if source.get(name) is None]
     if missing:
         raise DsparseError(f"config lacks the field{'s' * (len(missing) > 1)} {', '.join(missing)}")
-    _check_kinds(source)
-    values = (
-        FAMILIES[model_type] | {key: value for key, value in source.items() if value is not None} | FIXED[model_type]
-    )
+    values = FAMILIES[model_type] | source | FIXED[model_type]
     block = (source.get("quantization_config") or {}).get("weight_block_size")
     if block is not None and list(block) != [FP8_BLOCK, FP8_BLOCK]:
         raise DsparseError(
             f"config field quantization_config.weight_block_size {block!r} is not supported (only "
             f"{[FP8_BLOCK, FP8_BLOCK]}): convert the checkpoint to bfloat16 with the tool that quantized it"
         )
-    if "num_mtp_layers" in source:  # transformers' newer name
-        values.setdefault("num_nextn_predict_layers", source["num_mtp_layers"])
     if compressed:
         values |= compressed_attention_fields(values, source)
     fields = {name: _typed(name, values[name]) for name in _COPIED if name in values}
@@ -98,6 +95,22 @@ def model_config_fields(source: Mapping[str, Any]) -> dict[str, Any]:
         "indexer_types": indexer_types(values),
         "eos_token_id": tuple(eos) if isinstance(eos, list | tuple) else (eos,),
         "dtype": str(values.get("dtype", values.get("torch_dtype", "bfloat16"))).removeprefix("torch."),
+    }
+
+
+# Other names that transformers reads (its configs' `attribute_map`).
+ALIASES = {
+    "num_experts": "n_routed_experts",
+    "num_local_experts": "n_routed_experts",
+    "num_mtp_layers": "num_nextn_predict_layers",
+}
+
+
+def _with_one_name(source: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that say something, aliases replaced; where both are there, an alias has no say."""
+    said = {name: value for name, value in source.items() if value is not None}
+    return {ALIASES.get(name, name): value for name, value in said.items() if name in ALIASES} | {
+        name: value for name, value in said.items() if name not in ALIASES
     }
 
 

@@ -9,7 +9,7 @@ import transformers
 
 from dsparse import DsparseError, Model, ModelConfig
 from dsparse.blocks import Run, plan_runs
-from dsparse.config_huggingface import tiny_config
+from dsparse.config_huggingface import ALIASES, tiny_config
 from dsparse.layers import rope_frequencies, softmax_scale
 
 PUBLISHED_V3 = {  # as DeepSeek-V3's own config.json spells it
@@ -35,6 +35,16 @@ def test_published_spelling():
     rope = config.rope_parameters
     assert (rope.rope_type, rope.factor, rope.rope_theta, rope.mscale_all_dim) == ("yarn", 40, 10000, 1.0)
     assert (config.dtype, config.eos_token_id, config.num_nextn_predict_layers) == ("bfloat16", (1,), 1)
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_other_names_that_transformers_reads(alias):
+    name, expected = ALIASES[alias], ModelConfig.from_huggingface(PUBLISHED_V3)
+    renamed = {alias if key == name else key: value for key, value in PUBLISHED_V3.items()}
+    assert ModelConfig.from_huggingface(renamed) == expected
+    assert ModelConfig.from_huggingface(PUBLISHED_V3 | {alias: 5}) == expected
+    with pytest.raises(DsparseError, match=r"n_group|num_mtp_layers"):
+        ModelConfig.from_huggingface(renamed | {alias: 9 if name == "n_routed_experts" else -1})
 
 
 @pytest.mark.parametrize("model_type", ["kimi_k2", "deepseek_v3"])
