@@ -112,8 +112,8 @@ def decode(model, reference, tokens: np.ndarray) -> tuple[float, float]:
     def theirs_of(new: int):
         reference.generate(torch.tensor(prompt).long(), max_new_tokens=new, do_sample=False, eos_token_id=None)
 
-    many = fastest(ours(NEW + 1), lambda: theirs_of(NEW + 1), 4)
-    one = fastest(ours(1), lambda: theirs_of(1), 4)
+    many = fastest(ours(NEW + 1), lambda: theirs_of(NEW + 1), 8)
+    one = fastest(ours(1), lambda: theirs_of(1), 8)
     return tuple((a - b) / NEW for a, b in zip(many, one, strict=True))
 
 
@@ -127,7 +127,7 @@ def prefill(model, reference, tokens: np.ndarray) -> tuple[float, float]:
     def theirs():
         reference(torch.tensor(prompt).long(), use_cache=True, logits_to_keep=1)
 
-    return fastest(lambda: dsparse.generate(model, prompt, max_new_tokens=1, stop_tokens=()), theirs, 5)
+    return fastest(lambda: dsparse.generate(model, prompt, max_new_tokens=1, stop_tokens=()), theirs, 12)
 
 
 def training_step(folder: Path, reference, tokens: np.ndarray) -> tuple[float, float]:
@@ -154,7 +154,7 @@ def training_step(folder: Path, reference, tokens: np.ndarray) -> tuple[float, f
         torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
         optimizer.step()
 
-    return fastest(ours, theirs, 4)
+    return fastest(ours, theirs, 10)
 
 
 def main() -> None:
