@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dsparse import remat
 from dsparse.reference import NEG_INF
-from dsparse.remat import keep
 
 QUERY_BLOCK = 256  # queries attended at once: bounds the score matrix
 PARTS = 8  # of a sequence, each with its own number of keys: saves almost half the products
@@ -119,7 +119,7 @@ def _attend(q, k, v, keep, scale) -> tuple[Float[Array, "B N block V"], Float[Ar
 
 
 def _forward_with_residuals(q, k, v, segment_ids, scale):
-    out, lse = keep(_forward(q, k, v, segment_ids, scale))
+    out, lse = remat.keep(_forward(q, k, v, segment_ids, scale))
     return out, (q, k, v, segment_ids, out, lse)
 
 

@@ -109,9 +109,8 @@ ALIASES = {
 def _with_one_name(source: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that say something, aliases replaced; where both are there, an alias has no say."""
     said = {name: value for name, value in source.items() if value is not None}
-    return {ALIASES.get(name, name): value for name, value in said.items() if name in ALIASES} | {
-        name: value for name, value in said.items() if name not in ALIASES
-    }
+    aliased = {ALIASES[name]: value for name, value in said.items() if name in ALIASES}
+    return aliased | {name: value for name, value in said.items() if name not in ALIASES}
 
 
 def _is_number(value: Any) -> bool:

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dsparse import shared_rows
-from dsparse.remat import keep
+from dsparse import remat, shared_rows
 
 GATHERED_BYTES = 16 << 20  # rows gathered at once on a CPU: they stay in its cache
 ON_ACCELERATORS = 16  # times as many, so that products are large
@@ -68,7 +67,7 @@ def _forward(q, kv, indices, sinks, v_head_dim, scale):
 
 
 def _forward_with_residuals(q, kv, indices, sinks, v_head_dim, scale):
-    out, lse = keep(_forward(q, kv, indices, sinks, v_head_dim, scale))
+    out, lse = remat.keep(_forward(q, kv, indices, sinks, v_head_dim, scale))
     return (out, lse), (q, kv, indices, sinks, out, lse)
 
 

@@ -14,7 +14,7 @@ ON_ACCELERATORS = 32  # times as many, so that products are large
 UNROLLED_HEADS = 8  # more are looped over
 PREFIXES = 4  # lengths of the key axis that a chunk's scores are computed for, so that causal chunks skip the future
 SHORTEST_PREFIX = 256
-PARTS = 8  # of the queries, each with its own number of keys where that is known: XLA on a CPU works on two at once
+PARTS = 8  # of the queries, each with its own number of keys where that is known; side by side, too, on a CPU
 SHORTEST_PART = 64
 
 Select = Callable[[Float[Array, "R S"], int, Int[Array, " R"]], Int[Array, "R K"]]  # `ops.topk`
@@ -38,7 +38,7 @@ def indexer_topk(
     parts, selected = max(1, min(PARTS, time // SHORTEST_PART)), []
     for part in range(parts):
         start, stop = time * part // parts, time * (part + 1) // parts
-        seen = k[:, : max(1, -(-keys * stop // time))]
+        seen = k[:, : -(-keys * stop // time)]
         queries = tuple(None if a is None else a[:, start:stop] for a in arrays)
         choose = functools.partial(_select, k=seen, topk=topk, select=select)
         selected.append(_in_chunks(choose, queries, seen.shape[1]))

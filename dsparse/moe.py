@@ -148,7 +148,8 @@ def local_experts(
     x: Array, weights: Array, choice: Array, experts: grouped.Experts, limit: float | None
 ) -> Float[Array, "B T D"]:
     flat = (a.reshape(-1, a.shape[-1]) for a in (x, choice, weights))
-    return ops.expert_mlp(*flat, experts, limit=limit).reshape(x.shape)
+    out = keep(ops.expert_mlp(*flat, experts, limit=limit))  # which hyper-connections' gradients read
+    return out.reshape(x.shape)
 
 
 def _sharded_experts(

@@ -79,9 +79,10 @@ class WeightTiling:
     staged: int  # boxes of 64 columns that a warpgroup stores at once
 
 
-# One warpgroup a step behind the other, so that one stores while the other multiplies: even 460 instead of 496 TFLOP/s,
-# routed 409 instead of 391. Clusters of two that share the rows of x they load: no difference (even 463 instead of 482,
-# routed 399 instead of 396, within the noise of both).
+# Three stages and stores of four boxes: even 437 instead of 493 TFLOP/s, routed 395 instead of 435; stores of one box: 460
+# and 411. Measured while both warpgroups still waited for each other to clear rows: one a step behind the other, so that
+# one stores while the other multiplies, even 460 instead of 496, routed 409 instead of 391; clusters of two that share the
+# rows of x they load, no difference (even 463 instead of 482, routed 399 instead of 396, within the noise of both).
 WEIGHT_GRADIENT = {
     "wide": WeightTiling(columns_f=128, columns_d=256, rows=64, stages=4, staged=2),  # x has 256 columns or more
     "narrow": WeightTiling(columns_f=128, columns_d=128, rows=64, stages=4, staged=2),

@@ -50,18 +50,20 @@ def test_gradients_are_the_same(family):
     expected, *others = (leaves(family, policy) for policy in POLICIES)
     assert sum(np.abs(leaf).max() > 0 for leaf in expected) > len(expected) / 2
     for other in others:
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), other, expected)
+        for gradient, wanted in zip(other, expected, strict=True):
+            np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_selective_takes_less_memory_and_neither_chooses_nor_attends_again(family):
+def test_selective_takes_less_memory_and_runs_no_choice_attention_or_expert_again(family):
     memory, operations = {}, {}
     for policy in POLICIES:
         program, text, _ = gradient_of(family, policy)
         memory[policy] = program.memory_analysis().temp_size_in_bytes
-        operations[policy] = {name: text.count(f"{name}[") for name in ("top_k", "sort", "dot_general")}
+        operations[policy] = {name: text.count(f"{name}[") for name in ("top_k", "sort", "while", "dot_general")}
     none, selective, full = (operations[policy] for policy in ("none", "selective", "full"))
     assert memory["full"] < memory["selective"] < 0.8 * memory["none"]
     assert all(selective[name] == none[name] < full[name] for name in ("top_k", "sort"))
+    assert selective["while"] == none["while"]  # experts in turns
     again = selective["dot_general"] - none["dot_general"]  # up-projections, and queries moved into latent space
     assert 0 < again < (full["dot_general"] - none["dot_general"]) / 2
