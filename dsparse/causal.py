@@ -38,16 +38,16 @@ class _Plan(NamedTuple):
         return cls(length, parts, count, -(-length // (parts * count)))
 
     def cut(self, x: Array) -> Array:
-        """[B, T, N, ...] as [parts, count, B, N, block, ...]."""
+        """[B, N, T, ...] as [parts, count, B, N, block, ...]."""
         padding = self.parts * self.count * self.block - self.length
-        x = jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
-        x = x.reshape(x.shape[0], self.parts, self.count, self.block, *x.shape[2:])
-        return jnp.moveaxis(x, (1, 2, 4), (0, 1, 3))
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, padding), *((0, 0),) * (x.ndim - 3)))
+        x = x.reshape(*x.shape[:2], self.parts, self.count, self.block, *x.shape[3:])
+        return jnp.moveaxis(x, (2, 3), (0, 1))
 
     def join(self, parts: list[Array]) -> Array:
         """The reverse of `cut`, of a list of [count, B, N, block, ...]."""
-        x = jnp.moveaxis(jnp.stack(parts), (0, 1, 3), (1, 2, 4))
-        return x.reshape(x.shape[0], -1, *x.shape[4:])[:, : self.length]
+        x = jnp.moveaxis(jnp.stack(parts), (0, 1), (2, 3))
+        return x.reshape(*x.shape[:2], -1, *x.shape[5:])[:, :, : self.length]
 
     def rows(self) -> Int[Array, "parts count block"]:
         """Each query's place in the sequence; padding stands at the last."""
@@ -76,10 +76,10 @@ def _causal_attention(q, k, v, segment_ids, scale):
 
 
 def _forward(q, k, v, segment_ids, scale):
-    """The output, and the log-sum-exp of every query's scaled logits [B, T, N]."""
+    """The output, and the log-sum-exp of every query's scaled logits [B, N, T]."""
     plan = _Plan.of(q.shape[1])
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     queries, rows = plan.cut(q), plan.rows()
-    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     parts = []
     for part in range(plan.parts):
         keys, values = k[:, :, : plan.stop(part)], v[:, :, : plan.stop(part)]
@@ -90,7 +90,7 @@ def _forward(q, k, v, segment_ids, scale):
 
         parts.append(_each(block, (queries[part], rows[part])))
     out, lse = (plan.join(list(xs)) for xs in zip(*parts, strict=True))
-    return out, lse
+    return jnp.swapaxes(out, 1, 2), lse
 
 
 def _each(block, inputs):
@@ -100,11 +100,18 @@ def _each(block, inputs):
     return jax.tree.map(lambda x: x[None], block(jax.tree.map(lambda x: x[0], inputs)))
 
 
-def _keep(row: Int[Array, " block"], keys: int, segment_ids: Int[Array, "B T"] | None) -> Bool[Array, "B block S"]:
-    keep = (row[:, None] >= jnp.arange(keys))[None]
+def _keep(
+    row: Int[Array, " block"], keys: int, segment_ids: Int[Array, "B T"] | None, keys_first: bool = False
+) -> Bool[Array, "B _ _"]:
+    """Which keys each query sees, [B, block, S] or [B, S, block]: made as it is read, since a transposed read of bytes
+    costs more than the exponentials it masks."""
+    by_query, by_key = (..., slice(None), None), (..., None, slice(None))
+    if keys_first:
+        by_query, by_key = by_key, by_query
+    keep = (row[by_query] >= jnp.arange(keys)[by_key])[None]
     if segment_ids is None:
         return keep
-    return keep & (segment_ids[:, row, None] == segment_ids[:, None, :keys])
+    return keep & (segment_ids[:, row][by_query] == segment_ids[:, :keys][by_key])
 
 
 def _attend(q, k, v, keep, scale) -> tuple[Float[Array, "B N block V"], Float[Array, "B N block"]]:
@@ -126,9 +133,10 @@ def _forward_with_residuals(q, k, v, segment_ids, scale):
 def _backward(scale, residuals, d_out):
     q, k, v, segment_ids, out, lse = residuals
     plan = _Plan.of(q.shape[1])
-    shift = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    shift = jnp.swapaxes(jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1), 1, 2)
+    lse, shift = jax.lax.optimization_barrier((lse, shift))  # written by head: read by token they would be strided
+    q, k, v, d_out = (jnp.swapaxes(x, 1, 2) for x in (q, k, v, d_out))
     blocks = *(plan.cut(x) for x in (q, d_out, lse, shift)), plan.rows()
-    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     d_k, d_v, d_q = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32), []
     for part in range(plan.parts):
         stop = plan.stop(part)
@@ -136,15 +144,15 @@ def _backward(scale, residuals, d_out):
 
         def block(sums, inputs, keys=keys, values=values):
             q, d_out, lse, shift, row = inputs
-            keep = _keep(row, keys.shape[2], segment_ids)
+            keep = _keep(row, keys.shape[2], segment_ids, keys_first=True)
             d_q, *d_kv = _attend_backward(q, keys, values, keep, scale, d_out, lse, shift)
             return tuple(map(jnp.add, sums, d_kv)), d_q
 
         sums, part_q = _scan(block, (d_k[:, :, :stop], d_v[:, :, :stop]), tuple(x[part] for x in blocks))
         d_k, d_v = d_k.at[:, :, :stop].set(sums[0]), d_v.at[:, :, :stop].set(sums[1])
         d_q.append(part_q)
-    d_k, d_v = (jnp.swapaxes(x, 1, 2) for x in (d_k, d_v))
-    return plan.join(d_q).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+    d_q, d_k, d_v = (jnp.swapaxes(x, 1, 2).astype(q.dtype) for x in (plan.join(d_q), d_k, d_v))
+    return d_q, d_k, d_v, None
 
 
 def _scan(block, carry, inputs):
@@ -158,8 +166,7 @@ def _scan(block, carry, inputs):
 def _attend_backward(q, k, v, keep, scale, d_out, lse, shift):
     """Gradients of q [B, N, block, H], k [B, N, S, H] and v [B, N, S, V]."""
     logits = jnp.einsum("BNSH,BNTH->BNST", k, q, preferred_element_type=jnp.float32) * scale
-    keep = jnp.swapaxes(keep, 1, 2)[:, None]
-    weights = jnp.exp(jnp.where(keep, logits - lse[:, :, None], NEG_INF))
+    weights = jnp.exp(jnp.where(keep[:, None], logits - lse[:, :, None], NEG_INF))
     d_weights = jnp.einsum("BNSV,BNTV->BNST", v, d_out, preferred_element_type=jnp.float32)
     d_logits = (weights * (d_weights - shift[:, :, None]) * scale).astype(q.dtype)
     d_v = jnp.einsum("BNST,BNTV->BNSV", weights.astype(d_out.dtype), d_out, preferred_element_type=jnp.float32)
