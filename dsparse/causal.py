@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dsparse import remat
 from dsparse.reference import NEG_INF
 
-QUERY_BLOCK = 256  # queries attended at once: bounds the score matrix
+QUERY_BLOCK = 128  # queries attended at once: bounds the score matrix
 PARTS = 8  # of a sequence, each with its own number of keys: saves almost half the products
 
 

@@ -153,20 +153,21 @@ def _experts_backward(limit, residuals, d_out):
         (d_gate_up,) = back(d_hidden * weight)
         d_gate_up = jax.lax.optimization_barrier(d_gate_up)  # read twice, once transposed
         if trained:
-            products = (d_gate_up, rows), (d_rows, hidden * weight)
+            products = (d_gate_up, rows), (hidden * weight, d_rows)  # down's transposed: faster with its wide side last
             d_experts = tuple(
                 total.at[turns.group[i]].add(jnp.einsum("bmf,bmd->bfd", *pair, preferred_element_type=jnp.float32))
                 for total, pair in zip(d_experts, products, strict=True)
             )
         return _add_rows(d_x, token, jnp.einsum("bmf,bfd->bmd", d_gate_up, gate_up)), d_weights, d_experts
 
-    shapes = ((w.shape[0], w[0].size // w.shape[-1], w.shape[-1]) for w in experts[:2])
+    groups, width, inner = experts.down.shape
+    shapes = (groups, 2 * inner, width), (groups, inner, width)
     d_experts = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes) if trained else ()
     start = jnp.zeros(x.shape, jnp.float32), jnp.zeros(weights.size, jnp.float32), d_experts
     d_x, d_weights, d_experts = jax.lax.fori_loop(0, turns.count, turn, start)
     if trained:
-        pairs = zip(d_experts, experts[:2], strict=True)
-        d_experts = Experts(*(d.reshape(w.shape).astype(w.dtype) for d, w in pairs))
+        d_gate_up, d_down = d_experts[0].reshape(experts.gate_up.shape), jnp.swapaxes(d_experts[1], 1, 2)
+        d_experts = Experts(d_gate_up.astype(experts.gate_up.dtype), d_down.astype(experts.down.dtype))
     return d_x.astype(x.dtype), d_weights.reshape(weights.shape).astype(weights.dtype), None, d_experts or None
 
 

@@ -22,6 +22,7 @@ from dsparse.sharding import batch_ways, named_sharding, use_mesh
 from dsparse.training.config import TrainConfig
 from dsparse.training.data import Batch
 from dsparse.training.loss import cross_entropy
+from dsparse.training.optimizer import learning_rate_schedule, make_optimizer
 
 Arrays = dict[str, Array]  # by dotted path in the model, such as "stacks.0.blocks.0.mlp.gate_up_proj"
 Metrics = dict[str, Any]
@@ -107,35 +108,6 @@ def is_decayed(name: str, variable: nnx.Variable) -> bool:
     """Matrices are; norms' weights and biases are not."""
     rank = sum(axis != "layers" for axis in variable.get_metadata("axes"))
     return rank >= 2 and not name.endswith("bias")
-
-
-def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
-    """Learning rate of update 0, 1, ...: a linear warm-up to the peak, then the decay to the last update."""
-    peak, warmup = config.learning_rate, config.warmup_steps
-    falling, final = max(1, config.steps - warmup - 1), config.final_learning_rate
-    decay = {
-        "cosine": lambda: optax.cosine_decay_schedule(peak, falling, alpha=final),
-        "linear": lambda: optax.linear_schedule(peak, peak * final, falling),
-        "constant": lambda: optax.constant_schedule(peak),
-    }[config.schedule]()
-    if not warmup:
-        return decay
-    return optax.join_schedules([lambda step: peak * (step + 1) / warmup, decay], [warmup])
-
-
-def make_optimizer(
-    config: TrainConfig, schedule: optax.Schedule, decayed: dict[str, bool]
-) -> optax.GradientTransformation:
-    clip = optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity()
-    adamw = optax.adamw(
-        schedule,
-        config.adam_beta1,
-        config.adam_beta2,
-        config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        mask=decayed,
-    )
-    return optax.chain(clip, adamw)
 
 
 def state_shardings(
