@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dsparse import remat, shared_rows
+from dsparse import grouped, remat, sharding, shared_rows
 
 GATHERED_BYTES = 16 << 20  # rows gathered at once on a CPU: they stay in its cache
 ON_ACCELERATORS = 16  # times as many, so that products are large
@@ -127,8 +127,12 @@ def _weights(logits: Float[Array, "B T N K"], lse: Float[Array, "B T N"]) -> Flo
 
 def _scatter_add(table: Float[Array, "B S H"], indices: Int[Array, "B T K"], rows: Float[Array, "B T K H"]) -> Array:
     """Add each row where its index says; -1 is dropped."""
-    indices = jnp.where(indices < 0, table.shape[1], indices)  # negative would wrap around
-    return jax.vmap(lambda t, i, r: t.at[i].add(r, mode="drop"))(table, indices, rows)
+    batch, slots, width = table.shape
+    add = functools.partial(grouped.add_rows, mode=jax.lax.GatherScatterMode.FILL_OR_DROP)
+    if sharding.current_mesh() is not None:  # this one XLA splits over the batch, but on a CPU it copies the rows first
+        return jax.vmap(add)(table, jnp.where(indices < 0, slots, indices), rows)
+    flat = jnp.where(indices < 0, batch * slots, indices + slots * jnp.arange(batch)[:, None, None])
+    return add(table.reshape(-1, width), flat, rows).reshape(table.shape)
 
 
 def _chunk_size(shape: tuple[int, int, int], kv: Array) -> int:

@@ -116,7 +116,7 @@ def _experts_in_turns(limit, x, weights, turns: Turns, experts: Experts) -> Floa
     def turn(i, total):
         rows, weight, token, (gate_up, down) = _turn(i, x, weights, turns, experts)
         hidden = _activate(jnp.einsum("bmd,bfd->bmf", rows, gate_up), limit) * weight
-        return _add_rows(total, token, jnp.einsum("bmf,bdf->bmd", hidden, down))
+        return add_rows(total, token, jnp.einsum("bmf,bdf->bmd", hidden, down))
 
     return jax.lax.fori_loop(0, turns.count, turn, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
 
@@ -129,11 +129,15 @@ def _turn(i, x, weights, turns: Turns, experts: Experts):
     return _at(x, token), weight, token, experts.of(turns.group[i], x.dtype)
 
 
-def _add_rows(table: Float[Array, "T D"], index: Int[Array, "b m"], rows: Float[Array, "b m D"]) -> Float[Array, "T D"]:
+def add_rows(
+    table: Float[Array, "T D"],
+    index: Int[Array, "*batch"],
+    rows: Float[Array, "*batch D"],
+    mode: jax.lax.GatherScatterMode = jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+) -> Float[Array, "T D"]:
     """table[index] += rows, in the shapes that XLA scatters on a CPU: of others it makes a copy first."""
     updates = rows.astype(table.dtype).reshape(-1, 1, rows.shape[-1])
     whole_rows = jax.lax.ScatterDimensionNumbers((1, 2), (), (0,))
-    mode = jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS
     return jax.lax.scatter_add(table, index.reshape(-1, 1), updates, whole_rows, mode=mode)
 
 
@@ -158,7 +162,7 @@ def _experts_backward(limit, residuals, d_out):
                 total.at[turns.group[i]].add(jnp.einsum("bmf,bmd->bfd", *pair, preferred_element_type=jnp.float32))
                 for total, pair in zip(d_experts, products, strict=True)
             )
-        return _add_rows(d_x, token, jnp.einsum("bmf,bfd->bmd", d_gate_up, gate_up)), d_weights, d_experts
+        return add_rows(d_x, token, jnp.einsum("bmf,bfd->bmd", d_gate_up, gate_up)), d_weights, d_experts
 
     groups, width, inner = experts.down.shape
     shapes = (groups, 2 * inner, width), (groups, inner, width)
