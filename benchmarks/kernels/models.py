@@ -4,7 +4,9 @@ For each checkpoint, against the same model in float32 on plain XLA: relative no
 through a cache: a first chunk, a second one, then token by token) and of the loss's gradient, how often the most likely
 token is the same, and how long greedy continuations are. Each stands beside what the bfloat16 model makes of it on plain
 XLA: the kernels may not be worse than bfloat16 is. Where a continuation differs from float32's, the margin by which
-float32 preferred its token stands beside the error of logits there. Says which implementation served each op.
+float32 preferred its token stands beside the error of the logits there, computed as they were for that token: token by
+token, since an expert whose score is nearly a tie may be chosen so and not in a whole pass. Says which implementation
+served each op.
 
 --fp8: a copy of each checkpoint with experts in FP8 blocks, against float32 with the same dequantized weights.
 --meshes: the kernels on several GPUs instead of plain XLA: they may not be worse than on one.
@@ -39,6 +41,7 @@ TEXT = Path(__file__).parent.parent.parent / "examples" / "demo" / "text.txt"
 ROWS, LENGTH = 2, 512
 PIECES = (0, 384, 496, *range(497, 505))  # through the cache
 PROMPTS, PROMPT, NEW = 8, 128, 24
+CONTINUED = (0, *range(PROMPT, PROMPT + NEW))
 AS_NEAR = 1.25  # errors of the kernels over those of plain XLA in bfloat16, or of one GPU
 FP8_ERROR = 0.05  # of logits; rows of the experts' products are rounded to 4 significant bits
 NEAR_TIE = 6.0  # margin of a tie that bfloat16 may decide otherwise, over the standard error of the logits there
@@ -88,10 +91,11 @@ def piece(graphdef, state, tokens, start, cache, first: bool):
     return model.logits(hidden), cache
 
 
-def cached_logits(model: dsparse.Model, tokens: np.ndarray) -> jax.Array:
+def cached_logits(model: dsparse.Model, tokens: np.ndarray, cuts: Sequence[int]) -> jax.Array:
+    """Of the tokens up to the last cut, a piece after another through the cache."""
     graphdef, state = nnx.split(model)
-    cache, parts = model.init_cache(ROWS, LENGTH), []
-    for start, stop in itertools.pairwise(PIECES):
+    cache, parts = model.init_cache(*tokens.shape), []
+    for start, stop in itertools.pairwise(cuts):
         out, cache = piece(graphdef, state, tokens[:, start:stop], start, cache, start == 0)
         parts.append(out)
     return jnp.concatenate(parts, axis=1)
@@ -162,9 +166,9 @@ class Checks:
         """How much of the texts is the same, and the margins where they are not."""
         expected, found = text[reference], text[ours]
         whole = np.concatenate([self.prompts, expected], axis=1)
-        seen = self.start_all((reference, ours), logits, whole)
-        exact, ours_exact = (self.result(variant, seen)[:, PROMPT - 1 : -1] for variant in (reference, ours))
-        errors = np.std(exact - ours_exact, axis=-1)
+        seen = self.start_all((reference, ours), functools.partial(cached_logits, cuts=CONTINUED), whole)
+        exact, found_there = (self.result(variant, seen)[:, PROMPT - 1 :] for variant in (reference, ours))
+        errors = np.std(exact - found_there, axis=-1)
         top = np.sort(exact, axis=-1)[..., -2:]
         margins, errors_there = [], []
         for row, count in enumerate(same_tokens(found, expected)):
@@ -189,7 +193,7 @@ class Checks:
         variants = (FLOAT32, PLAIN, KERNELS)
         slopes = {} if self.fp8 else self.start_all(variants, gradient, self.tokens)  # 8-bit weights have none
         text = self.start_all(variants, greedy, self.prompts)
-        cached = self.start_all((KERNELS,), cached_logits, self.tokens)
+        cached = self.start_all((KERNELS,), functools.partial(cached_logits, cuts=PIECES), self.tokens)
         whole = self.start_all(variants, logits, self.tokens)
         expected, plain, ours = (self.result(v, whole) for v in variants)
         best = expected.argmax(-1)
