@@ -14,7 +14,7 @@ ON_ACCELERATORS = 32  # times as many, so that products are large
 UNROLLED_HEADS = 8  # more are looped over
 PREFIXES = 4  # lengths of the key axis that a chunk's scores are computed for, so that causal chunks skip the future
 SHORTEST_PREFIX = 256
-PARTS = 8  # of the queries, each with its own number of keys where that is known; side by side, too, on a CPU
+PARTS = 4  # of the queries, each with its own number of keys where that is known
 SHORTEST_PART = 64
 
 Select = Callable[[Float[Array, "R S"], int, Int[Array, " R"]], Int[Array, "R K"]]  # `ops.topk`

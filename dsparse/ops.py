@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from dsparse import banded, causal, dispatch, gathered, grouped, indexing, reference, sharding
+from dsparse import banded, causal, dispatch, gathered, grouped, indexing, reference, selection, sharding
 from dsparse.params import QUANTIZED
 from dsparse.remat import keep
 
@@ -216,7 +216,7 @@ def topk(
     Exact; of equal scores the lowest positions are taken, and 0.0 equals -0.0. An entry of -inf is never taken.
     """
     return dispatch.call(
-        "topk", implementation, {"mosaic_gpu": _topk_kernel, "xla": reference.topk}, scores, k, lengths
+        "topk", implementation, {"mosaic_gpu": _topk_kernel, "xla": selection.topk}, scores, k, lengths
     )
 
 

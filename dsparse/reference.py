@@ -135,7 +135,7 @@ def topk(scores: Float[Array, "R S"], k: int, lengths: Int[Array, " R"] | None =
     """Positions of the k largest among each row's first `lengths` entries; ties go to the lowest position, -1 fills."""
     if lengths is not None:
         scores = jnp.where(jnp.arange(scores.shape[-1]) < lengths[:, None], scores, -jnp.inf)
-    values, positions = jax.lax.top_k(scores + 0.0, k)  # + 0.0: top_k orders -0.0 below 0.0
+    values, positions = jax.lax.top_k(jnp.where(scores == 0, 0.0, scores), k)  # top_k orders -0.0 below 0.0
     return jnp.where(values > -jnp.inf, positions, -1)
 
 

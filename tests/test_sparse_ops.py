@@ -99,15 +99,27 @@ def expected_topk(scores, k, lengths) -> list[set[int]]:
     return found
 
 
-def test_topk_breaks_ties_by_position():
-    scores = np.maximum(np.random.default_rng(0).standard_normal((40, 64)), 0).astype(np.float32)
+ROWS_AND_SIZES = [(40, 64, 16), (70, 300, 64), (64, 1000, 1), (64, 100, 100), (65, 2100, 64), (64, 9000, 33)]
+
+
+@pytest.mark.parametrize(("rows", "size", "k"), ROWS_AND_SIZES)
+def test_topk_breaks_ties_by_position(rows, size, k):
+    """Few rows, rows of one pass, and rows of which blocks are chosen first, once and several times."""
+    rng = np.random.default_rng(size)
+    scores = rng.standard_normal((rows, size)).astype(np.float32)
+    scores[::2] = np.maximum(scores[::2], 0)
+    scores[1::4] = np.minimum(scores[1::4], 0.5)  # ties at the top
     scores[:, ::5] *= -1.0  # -0.0 among the zeros
-    scores[3] = -np.inf
-    lengths = np.random.default_rng(1).integers(0, 65, 40).astype(np.int32)
-    indices = np.asarray(ops.topk(jnp.asarray(scores), 16, jnp.asarray(lengths)))
-    for row, expected in zip(indices, expected_topk(scores, 16, lengths), strict=True):
+    scores[rng.random(scores.shape) < 0.1] = -np.inf
+    scores[3], scores[7], scores[5, 2] = -np.inf, np.arange(size), np.inf
+    lengths = rng.integers(0, size + 1, rows).astype(np.int32)
+    lengths[3:8] = size
+    indices = np.asarray(jax.jit(ops.topk, static_argnums=1)(scores, k, lengths))
+    for row, expected in zip(indices, expected_topk(scores, k, lengths), strict=True):
         kept = [int(i) for i in row if i >= 0]
         assert len(kept) == len(set(kept)) and set(kept) == expected
+    whole = np.asarray(ops.topk(jnp.asarray(scores), k))
+    assert [{int(i) for i in row if i >= 0} for row in whole] == expected_topk(scores, k, [size] * rows)
 
 
 @pytest.mark.parametrize("heads", [3, 20])
