@@ -68,7 +68,9 @@ def make_train_step(model: Model, config: TrainConfig) -> tuple[TrainState, Step
     moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(params)
     state = TrainState(jax.device_put(jnp.zeros((), jnp.int32), shardings.step), params, frozen, moments)
     update = _Update(graphdef, optimizer, schedule, tuple(router_biases(model)), config)
-    return state, jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
+    # XLA takes half of a CPU's widest vectors unless it is told to take all (narrower CPUs split these again)
+    options = {"xla_cpu_prefer_vector_width": 512} if jax.default_backend() == "cpu" else None
+    return state, jax.jit(update, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
 
 
 def _check(model: Model, config: TrainConfig) -> None:
