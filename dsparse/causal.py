@@ -151,8 +151,8 @@ def _backward(scale, residuals, d_out):
         sums, part_q = _scan(block, (d_k[:, :, :stop], d_v[:, :, :stop]), tuple(x[part] for x in blocks))
         d_k, d_v = d_k.at[:, :, :stop].set(sums[0]), d_v.at[:, :, :stop].set(sums[1])
         d_q.append(part_q)
-    d_q, d_k, d_v = (jnp.swapaxes(x, 1, 2).astype(q.dtype) for x in (plan.join(d_q), d_k, d_v))
-    return d_q, d_k, d_v, None
+    gradients = zip((plan.join(d_q), d_k, d_v), (q, k, v), strict=True)
+    return *(jnp.swapaxes(gradient, 1, 2).astype(x.dtype) for gradient, x in gradients), None
 
 
 def _scan(block, carry, inputs):

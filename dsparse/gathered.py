@@ -36,7 +36,8 @@ def sparse_attention(
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """See `ops.sparse_attention`."""
     if not masked(q, kv, indices):
-        return _gathered(q, kv, indices, sinks, v_head_dim, scale)
+        # asked here: the backward pass is traced where the mesh is no longer set
+        return _gathered(q, kv, indices, sinks, v_head_dim, scale, sharding.current_mesh() is not None)
 
     @shared_rows.keep_results
     def some(q, indices):
@@ -47,8 +48,8 @@ def sparse_attention(
     return _scan_chunks(lambda carry, chunk: (carry, some(*chunk)), None, size, (q, indices))[1]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _gathered(q, kv, indices, sinks, v_head_dim, scale):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _gathered(q, kv, indices, sinks, v_head_dim, scale, sharded):
     return _forward(q, kv, indices, sinks, v_head_dim, scale)
 
 
@@ -66,12 +67,12 @@ def _forward(q, kv, indices, sinks, v_head_dim, scale):
     return _scan_chunks(lambda carry, chunk: (carry, some(*chunk)), None, size, (q, indices))[1]
 
 
-def _forward_with_residuals(q, kv, indices, sinks, v_head_dim, scale):
+def _forward_with_residuals(q, kv, indices, sinks, v_head_dim, scale, sharded):
     out, lse = remat.keep(_forward(q, kv, indices, sinks, v_head_dim, scale))
     return (out, lse), (q, kv, indices, sinks, out, lse)
 
 
-def _backward(v_head_dim, scale, residuals, gradients):
+def _backward(v_head_dim, scale, sharded, residuals, gradients):
     q, kv, indices, sinks, out, lse = residuals
     d_out, d_lse = gradients
     # d logits = weights * (d weights - shift): the softmax's own term, and the gradient that reaches lse itself
@@ -90,7 +91,7 @@ def _backward(v_head_dim, scale, residuals, gradients):
         d_q = jnp.einsum("BTNK,BTKH->BTNH", d_logits, rows, preferred_element_type=jnp.float32)
         factors = jnp.concatenate([d_logits, weights.astype(q.dtype)], axis=2)
         d_rows = jnp.einsum("BTMK,BTMH->BTKH", factors, both, preferred_element_type=jnp.float32)
-        return _scatter_add(d_kv, indices, d_rows), d_q.astype(q.dtype)
+        return _scatter_add(d_kv, indices, d_rows, sharded), d_q.astype(q.dtype)
 
     d_kv = jnp.zeros(kv.shape, jnp.float32)
     d_kv, d_q = _scan_chunks(some, d_kv, _chunk_size(indices.shape, kv), (q, indices, d_out, lse, shift))
@@ -125,11 +126,13 @@ def _weights(logits: Float[Array, "B T N K"], lse: Float[Array, "B T N"]) -> Flo
     return jnp.exp(logits - jnp.where(lse > -jnp.inf, lse, 0.0)[..., None])
 
 
-def _scatter_add(table: Float[Array, "B S H"], indices: Int[Array, "B T K"], rows: Float[Array, "B T K H"]) -> Array:
+def _scatter_add(
+    table: Float[Array, "B S H"], indices: Int[Array, "B T K"], rows: Float[Array, "B T K H"], sharded: bool
+) -> Float[Array, "B S H"]:
     """Add each row where its index says; -1 is dropped."""
     batch, slots, width = table.shape
     add = functools.partial(grouped.add_rows, mode=jax.lax.GatherScatterMode.FILL_OR_DROP)
-    if sharding.current_mesh() is not None:  # this one XLA splits over the batch, but on a CPU it copies the rows first
+    if sharded:  # this one XLA splits over the batch, but on a CPU it copies the rows first
         return jax.vmap(add)(table, jnp.where(indices < 0, slots, indices), rows)
     flat = jnp.where(indices < 0, batch * slots, indices + slots * jnp.arange(batch)[:, None, None])
     return add(table.reshape(-1, width), flat, rows).reshape(table.shape)

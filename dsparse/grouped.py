@@ -135,7 +135,10 @@ def add_rows(
     rows: Float[Array, "*batch D"],
     mode: jax.lax.GatherScatterMode = jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
 ) -> Float[Array, "T D"]:
-    """table[index] += rows, in the shapes that XLA scatters on a CPU: of others it makes a copy first."""
+    """table[index] += rows, in the shapes that XLA scatters on a CPU: of others it makes a copy first.
+
+    mode: what becomes of an index outside the table; by default there must be none.
+    """
     updates = rows.astype(table.dtype).reshape(-1, 1, rows.shape[-1])
     whole_rows = jax.lax.ScatterDimensionNumbers((1, 2), (), (0,))
     return jax.lax.scatter_add(table, index.reshape(-1, 1), updates, whole_rows, mode=mode)

@@ -27,7 +27,7 @@ INFINITY = np.int32(0x7F800000)  # the key of +inf; that of -inf is its compleme
 
 def topk(scores: Float[Array, "R S"], k: int, lengths: Int[Array, " R"] | None = None) -> Int[Array, "R k"]:
     """See `ops.topk`."""
-    if jax.default_backend() != "cpu" or scores.shape[0] < FEWEST_ROWS:
+    if jax.default_backend() != "cpu" or scores.shape[0] < FEWEST_ROWS or not 0 < k <= scores.shape[1]:
         return reference.topk(scores, k, lengths)
     keys = _ordered(scores.astype(jnp.float32))
     if lengths is not None:

@@ -1,6 +1,7 @@
 """Sparse attention and top-k against dense masked references."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 
 import dsparse
-from dsparse import gathered, indexing, ops, reference, shared_rows
+from dsparse import gathered, indexing, ops, reference, sharding, shared_rows
 
 B, T, S, N, H, V, K = 2, 13, 29, 3, 12, 8, 7
 SHORT = 11  # a table that is masked: no more rows than queries
@@ -99,7 +100,33 @@ def expected_topk(scores, k, lengths) -> list[set[int]]:
     return found
 
 
-ROWS_AND_SIZES = [(40, 64, 16), (70, 300, 64), (64, 1000, 1), (64, 100, 100), (65, 2100, 64), (64, 9000, 33)]
+def test_gradients_of_gathered_rows_stay_on_their_devices():
+    """The backward pass is traced where `use_mesh` has ended, as in training."""
+    mesh = sharding.make_mesh("data=2")
+    q, kv, indices, _ = random_case()
+    args = [jax.device_put(x, jax.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))) for x in (q, kv, indices)]
+
+    def loss(q, kv, indices):
+        with sharding.use_mesh(mesh):
+            out, _ = ops.sparse_attention(q, kv, indices, v_head_dim=V, scale=0.3)
+        return jnp.sum(jnp.sin(out))
+
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*args).compile()
+    assert "scatter" in compiled.as_text()
+    assert not {"all-gather", "all-reduce"} & set(re.findall(r"[a-z]+-[a-z]+", compiled.as_text()))
+    for ours, alone in zip(compiled(*args), jax.grad(loss, (0, 1))(q, kv, indices), strict=True):
+        np.testing.assert_allclose(ours, alone, atol=1e-5)
+
+
+ROWS_AND_SIZES = [
+    (20, 64, 16),
+    (40, 64, 16),
+    (70, 300, 64),
+    (64, 1000, 1),
+    (64, 100, 100),
+    (65, 2100, 64),
+    (64, 9000, 33),
+]
 
 
 @pytest.mark.parametrize(("rows", "size", "k"), ROWS_AND_SIZES)
