@@ -108,6 +108,13 @@ def test_causal_attention_by_blocks_equals_one_mask(block, monkeypatch):
         np.testing.assert_allclose(found, right, atol=1e-5)
 
 
+def test_gradients_of_causal_attention_keep_each_inputs_dtype():
+    q, k, v = (jax.ShapeDtypeStruct((1, 9, 2, 4), dtype) for dtype in (jnp.float32, jnp.bfloat16, jnp.float16))
+    attend = functools.partial(causal.causal_attention, scale=1.0, segment_ids=None)
+    gradients = jax.eval_shape(jax.grad(lambda *args: jnp.sum(attend(*args).astype(jnp.float32)), (0, 1, 2)), q, k, v)
+    assert [g.dtype for g in gradients] == [x.dtype for x in (q, k, v)]
+
+
 def test_a_named_implementation_is_that_one_or_an_error():
     x, weights, sizes = jnp.ones((4, 8)), jnp.ones((2, 8, 8)), jnp.array([2, 2])
     np.testing.assert_allclose(ops.grouped_matmul(x, weights, sizes, implementation="xla"), 8.0)
