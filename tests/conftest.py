@@ -8,5 +8,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jaxtyping
+import pytest
 
 jaxtyping.install_import_hook("dsparse", "beartype.beartype")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs():
+    """A process may hold 65530 maps of memory (vm.max_map_count), and each compiled program holds some: past that XLA
+    ends in a segmentation fault."""
+    yield
+    import jax  # not before the settings above
+
+    jax.clear_caches()
