@@ -87,7 +87,7 @@ def _backward(v_head_dim, scale, residuals, gradients):
     d_rows = jnp.einsum("BSTN,BTNH->BSH", d_logits, q, preferred_element_type=jnp.float32)
     d_values = jnp.einsum("BSTN,BTNV->BSV", weights, d_out, preferred_element_type=jnp.float32)
     d_rows = d_rows.at[..., :v_head_dim].add(d_values)
-    d_q = jnp.einsum("BSH,BSTN->BHTN", rows, d_logits, preferred_element_type=jnp.float32)
+    d_q = jnp.einsum("BSH,BSTN->BHTN", rows, d_logits)  # XLA on a CPU has none of bfloat16 with a float32 result
     d_sinks = None
     if sinks is not None:
         weight = jnp.exp(sinks.astype(jnp.float32) - lse)

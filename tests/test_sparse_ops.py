@@ -100,6 +100,22 @@ def expected_topk(scores, k, lengths) -> list[set[int]]:
     return found
 
 
+@pytest.mark.parametrize("rows", [S, SHORT])
+def test_gradients_in_bfloat16(rows):
+    q, kv, indices, _ = random_case(rows)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(dtype, q, kv):
+        def loss(q, kv):
+            out, _ = ops.sparse_attention(q.astype(dtype), kv.astype(dtype), indices, v_head_dim=V, scale=0.3)
+            return jnp.sum(jnp.sin(out.astype(jnp.float32)))
+
+        return jax.grad(loss, (0, 1))(q, kv)
+
+    for ours, expected in zip(gradients(jnp.bfloat16, q, kv), gradients(jnp.float32, q, kv), strict=True):
+        assert jnp.linalg.norm(ours - expected) < 0.02 * jnp.linalg.norm(expected)
+
+
 def test_gradients_of_gathered_rows_stay_on_their_devices():
     """The backward pass is traced where `use_mesh` has ended, as in training."""
     mesh = sharding.make_mesh("data=2")
