@@ -154,6 +154,8 @@ class _Update:
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(gradient)) for gradient in gradients.values()))
         finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(norm)
         updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
+        if jax.default_backend() == "cpu":  # else XLA computes moments twice there, and copies the old ones for it
+            updates, optimizer = jax.lax.optimization_barrier((updates, optimizer))
         params = optax.apply_updates(state.params, updates)
         frozen = state.frozen | self.balanced_biases(state.frozen, loads)
         new = TrainState(state.step + 1, params, frozen, optimizer)
