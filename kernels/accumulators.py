@@ -29,13 +29,13 @@ selp.f32 $1, got1, $5, odd;
 selp.f32 $2, $6, got0, odd;
 selp.f32 $3, $7, got1, odd;
 }"""
-# The same for a store in bf16, which nothing reads again soon.
+# The same for a store in 16 bits, which nothing reads again soon.
 _STORE_PAIR = """{
 .reg .pred odd;
 .reg .b32 even_block, odd_block, sent, got, low, high;
 setp.ne.u32 odd, $5, 0;
-cvt.rn.bf16x2.f32 even_block, $2, $1;
-cvt.rn.bf16x2.f32 odd_block, $4, $3;
+cvt.rn.PAIR.f32 even_block, $2, $1;
+cvt.rn.PAIR.f32 odd_block, $4, $3;
 selp.b32 sent, even_block, odd_block, odd;
 shfl.sync.bfly.b32 got, sent, 1, 0x1f, 0xffffffff;
 selp.b32 low, got, even_block, odd;
@@ -96,7 +96,7 @@ def scale_unless_one(values: jax.Array, factors: jax.Array) -> jax.Array:
 
 
 def store(values: jax.Array, target) -> None:
-    """A warpgroup stores float32[ROWS, n], in the layout of a wgmma accumulator, as bf16 to GMEM bf16[ROWS, n].
+    """A warpgroup stores float32[ROWS, n], in the layout of a wgmma accumulator, as bf16 or fp16 to GMEM [ROWS, n].
 
     Straight from registers: a stage in shared memory would hold up whatever that memory is for. The four lanes of a row
     fill whole sectors, 32 bytes at a time.
@@ -105,7 +105,10 @@ def store(values: jax.Array, target) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()))
     def run(ctx, values, target):
         i64 = ir.IntegerType.get_signless(64)
-        strides, _ = ir.MemRefType(target.type).get_strides_and_offset()
+        target_type = ir.MemRefType(target.type)
+        strides, _ = target_type.get_strides_and_offset()
+        pair_type = "f16x2" if target_type.element_type == ir.F16Type.get() else "bf16x2"
+        store_pair = _STORE_PAIR.replace("PAIR", pair_type)
         row, pair = _accumulator_row()
         odd, pair_of_lanes = arith.andi(pair, c32(1)), arith.shrui(pair, c32(1))
         column = arith.addi(arith.muli(odd, c32(16)), arith.muli(pair_of_lanes, c32(8)))
@@ -115,7 +118,7 @@ def store(values: jax.Array, target) -> None:
         for half in (0, 1):
             blocks = [_elements(register) for register in registers[half::2]]
             for number in range(0, len(blocks), 2):
-                text = _STORE_PAIR.replace("OFFSET", str(half * 8 * 2 * strides[0] + number * 16))
+                text = store_pair.replace("OFFSET", str(half * 8 * 2 * strides[0] + number * 16))
                 asm(text, [address, *blocks[number], *blocks[number + 1], odd], "l,f,f,f,f,r")
 
     run(values, target)

@@ -1,6 +1,6 @@
 """Grouped matmul for mixtures of experts on Hopper: rows sorted by group, one weight matrix a group.
 
-Three products, all in bfloat16 with float32 accumulation:
+Three products, in bfloat16 or float16 with float32 accumulation:
 
 - forward, `x[rows of e] @ weights[e].T`, optionally with gate, up and SwiGLU fused;
 - dgrad, `dy[rows of e] @ weights[e]`;
@@ -30,7 +30,7 @@ from dsparse.kernels.grouped_matmul_wgrad import grouped_wgrad
 from dsparse.kernels.tilings import RowTiling
 
 SM_COUNT = 132
-TILE_K = 64  # 128 bytes of bfloat16: one swizzle row
+TILE_K = 64  # 128 bytes of 16-bit numbers: one swizzle row
 ROW_ALIGNMENT = 8  # TMA addresses a tile by whole swizzle atoms of 8 rows
 ROW_STEP = 16  # rows of a group's tiles are multiples of this
 LEAST_WIDTH, WIDTH_STEP = 128, 64  # what F and D are filled up to with zeros
@@ -74,7 +74,7 @@ def blocks_of(cluster: int, column_groups: int, items: int) -> int:
 
 
 def _store_rows(staged, out, first, end, row_stride: int, interpret: bool) -> None:
-    """out[r] = staged[r] for first <= r < end, of a swizzled tile in shared memory [rows, 64] in bfloat16.
+    """out[r] = staged[r] for first <= r < end, of a swizzled tile in shared memory [rows, 64] of 16-bit numbers.
 
     TMA stores whole boxes only, so each thread copies its 16 bytes under a predicate.
     """
@@ -130,9 +130,9 @@ def _store_rows(staged, out, first, end, row_stride: int, interpret: bool) -> No
 
 def _check(x: jax.Array, weights: jax.Array, group_sizes: jax.Array) -> None:
     *_, out_width, depth = weights.shape
-    if x.dtype != jnp.bfloat16 or weights.dtype != jnp.bfloat16:
+    if x.dtype != weights.dtype or x.dtype not in mosaic.SIXTEEN_BITS:
         raise NotImplementedError(
-            f"grouped matmul kernel takes bfloat16, not {x.dtype} rows and {weights.dtype} weights"
+            f"grouped matmul kernel takes bfloat16 or float16, not {x.dtype} rows and {weights.dtype} weights"
         )
     if x.ndim != 2 or x.shape[1] != depth or group_sizes.shape != weights.shape[:1]:
         raise ValueError(f"shapes do not fit: x {x.shape}, weights {weights.shape}, group_sizes {group_sizes.shape}")
@@ -156,7 +156,7 @@ def _rows_times_weights(
 ):
     """The kernel over rows padded to what it needs (no copy when M is a multiple of 8 and a tile)."""
     out_columns = weights.shape[-1] if transposed else weights.shape[-2]
-    tiling = tilings.GROUPED["bfloat16 swiglu" if swiglu else "bfloat16"]
+    tiling = tilings.GROUPED["16 bits, swiglu" if swiglu else "16 bits"]
     rows = max(mosaic.round_up(x.shape[0], ROW_ALIGNMENT), tiling.rows)
     out = _tiles_kernel(
         _padded(x, rows),

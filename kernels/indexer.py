@@ -162,9 +162,9 @@ def _logits(q, k, weights, lengths, k_scale, *, interpret: bool) -> Float[Array,
 
 def _check(q, k, weights, lengths, k_scale) -> None:
     batch, queries, heads, width = q.shape
-    if q.dtype != k.dtype or q.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
+    if q.dtype != k.dtype or q.dtype not in (*mosaic.SIXTEEN_BITS, jnp.float8_e4m3fn):
         raise NotImplementedError(
-            f"indexer kernel takes bfloat16 or float8_e4m3fn q and k, not {q.dtype} and {k.dtype}"
+            f"indexer kernel takes bfloat16, float16 or float8_e4m3fn q and k, not {q.dtype} and {k.dtype}"
         )
     if heads > TILE_COLUMNS or width > WIDEST:
         raise NotImplementedError(
@@ -187,7 +187,7 @@ def _check(q, k, weights, lengths, k_scale) -> None:
 def _supported(q, k, weights):
     """With heads of weight 0 and columns of zeros up to what the kernel is compiled for: they change no logit.
 
-    That is 16, 32, 64, 128 or 256 heads, and rows of 128 bytes, or of 256 in bfloat16.
+    That is 16, 32, 64, 128 or 256 heads, and rows of 128 bytes, or of 256 in 16 bits.
     """
     heads, width = q.shape[2:]
     swizzled = mosaic.SWIZZLE_BYTES // q.dtype.itemsize
@@ -231,16 +231,16 @@ def indexer_logits(
 ) -> Float[Array, "B T S"]:
     """float32 logits[t, s] = k_scale[s] * sum_n weights[t, n] * relu(q[t, n] . k[s]); -inf for s >= lengths[t].
 
-    `lengths[b, t]` keys are visible to a query (causal: its position + 1). q and k are both bfloat16 or both
+    `lengths[b, t]` keys are visible to a query (causal: its position + 1). q and k are both bfloat16, float16 or
     float8_e4m3fn (`k_scale` then holds a key's scale; a query's scale and the softmax scale go into `weights`).
-    Differentiable in q, k and weights for bfloat16 without `k_scale`. Raises NotImplementedError where unsupported.
+    Differentiable in q, k and weights for 16 bits without `k_scale`. Raises NotImplementedError where unsupported.
     """
     return _padded_logits(q, k, weights, lengths, k_scale, interpret)[..., : k.shape[1]]
 
 
 def _logits_fwd(q, k, weights, lengths, k_scale, interpret):
-    if q.dtype != jnp.bfloat16 or k_scale is not None:
-        raise NotImplementedError("indexer kernel has a gradient for bfloat16 without k_scale only")
+    if q.dtype not in mosaic.SIXTEEN_BITS or k_scale is not None:
+        raise NotImplementedError("indexer kernel has a gradient for bfloat16 and float16 without k_scale only")
     return indexer_logits(q, k, weights, lengths, k_scale, interpret), (q, k, weights, lengths)
 
 

@@ -2,7 +2,7 @@
 
 One head of keys and values serves all query heads (MLA in its absorbed form, V4's shared-KV attention): a key is a
 whole row of `kv`, its value the row's first `v_head_dim` columns. Limits, beyond which NotImplementedError says why:
-bfloat16, `v_head_dim` up to 512, rows up to 576. Any number of heads (they are padded to 64), of queries, of indices.
+bfloat16 or float16, `v_head_dim` up to 512, rows up to 576. Any number of heads (they are padded to 64), of queries, of indices.
 The kernels know rows of 512 and 576 with values of 512: narrower ones get columns of zeros, at the full cost.
 """
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import BFloat16, Float, Int
+from jaxtyping import Float, Int
 
 from . import mosaic
 from . import sparse_attention_backward as backward_kernel
@@ -31,7 +31,7 @@ def sparse_attention(
     scale: float,
     sinks: Float[Array, " N"] | None = None,
     deterministic: bool = False,
-) -> tuple[BFloat16[Array, "B T N V"], Float[Array, "B T N"]]:
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """Attention of each query over `kv[b, indices[b, t]]`; differentiable in q, kv and sinks.
 
     Args:
@@ -59,8 +59,8 @@ def sparse_attention(
 def check(q, kv, indices, v_head_dim, sinks) -> None:
     mosaic.require_hopper()
     batch, queries, heads, head_dim = q.shape
-    if q.dtype != jnp.bfloat16 or kv.dtype != jnp.bfloat16:
-        raise NotImplementedError(f"sparse attention needs bfloat16, and q is {q.dtype}, kv {kv.dtype}")
+    if q.dtype != kv.dtype or q.dtype not in mosaic.SIXTEEN_BITS:
+        raise NotImplementedError(f"sparse attention needs bfloat16 or float16, and q is {q.dtype}, kv {kv.dtype}")
     if v_head_dim > min(forward_kernel.V_DIM, head_dim) or head_dim > ROW_WIDTHS[-1]:
         raise NotImplementedError(
             f"sparse attention takes rows up to 576 with values up to 512, and got {head_dim} with {v_head_dim}"
@@ -109,7 +109,7 @@ def index_rows(indices: Array, num_keys: int, step: int) -> tuple[Array, Array]:
     return lists, jnp.maximum((used + step - 1) // step, 1)
 
 
-def attend(q, kv, indices, sinks, scale: float) -> tuple[BFloat16[Array, "B T N V"], Float[Array, "B T N"]]:
+def attend(q, kv, indices, sinks, scale: float) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """The forward pass. Lists of so few queries that one block a query would leave the GPU idle are split."""
     batch, queries, heads, _ = q.shape
     blocks = mosaic.num_multiprocessors()

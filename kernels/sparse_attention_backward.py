@@ -22,11 +22,11 @@ def backward(q, kv, indices, steps, dout, lse, delta, unit, *, scale: float, det
     """Gradients of sparse attention of queries R = B * T.
 
     Args:
-      q: bf16[R, N, H], N a multiple of 64, H 512 or 576.
-      kv: bf16[B, S, H].
+      q: 16 bits (bf16 or fp16) [R, N, H], N a multiple of 64, H 512 or 576.
+      kv: as q [B, S, H].
       indices: int32[R, K], K a multiple of 64; outside [0, S) stands for nothing.
       steps: int32[R], how many blocks of 64 indices to look at.
-      dout: bf16[R, N, 512].
+      dout: as q [R, N, 512].
       lse: float32[R, N], finite.
       delta: float32[R, N]: sum(dout * out) minus the gradient of the log-sum-exp.
       unit: float32[1], the fixed point unit of `deterministic`: gradients of kv are multiples of 1 / unit.
@@ -34,7 +34,7 @@ def backward(q, kv, indices, steps, dout, lse, delta, unit, *, scale: float, det
       deterministic: sum dkv in 64-bit fixed point, whose result does not depend on the order of the blocks.
 
     Returns:
-      dq bf16[R, N, H] and dkv: float32[B, S, H], or int32[B, S, 2 * H] that holds 64-bit integers.
+      dq, as q, and dkv: float32[B, S, H], or int32[B, S, 2 * H] that holds 64-bit integers.
     """
     num_rows, num_heads, head_dim = q.shape
     batch, num_keys, _ = kv.shape

@@ -1,4 +1,4 @@
-"""Sparse attention of a few queries over a cache, bf16 or fp8, without gradients.
+"""Sparse attention of a few queries over a cache, 16 bits or fp8, without gradients.
 
 A paged cache is a pool of rows: pass it as one batch entry, [1, pages * page, H], with the sequences along T and
 indices into the pool. The fp8 format is DeepSeek's: 656 bytes a token, of which 512 e4m3 values (the first columns), 4
@@ -45,15 +45,18 @@ def sparse_attention_decode(
     v_head_dim: int,
     scale: float,
     sinks: Float[Array, " N"] | None = None,
-) -> tuple[BFloat16[Array, "B T N V"], Float[Array, "B T N"]]:
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """As `sparse_attention`, without gradients; `kv` may be an fp8 cache.
 
     Raises:
       NotImplementedError: for what this kernel does not do, before anything runs.
     """
     quantized = kv.dtype == jnp.uint8
-    if quantized and (kv.shape[-1] != rows.FP8_ROW or q.shape[-1] != 576):
-        raise NotImplementedError(f"an fp8 cache has {rows.FP8_ROW} bytes a row of 576, and got {kv.shape[-1]} bytes")
+    if quantized and (kv.shape[-1] != rows.FP8_ROW or q.shape[-1] != 576 or q.dtype != jnp.bfloat16):
+        raise NotImplementedError(
+            f"an fp8 cache has {rows.FP8_ROW} bytes a row for queries bfloat16[576], and got {kv.shape[-1]} bytes for "
+            f"{q.dtype}[{q.shape[-1]}]"
+        )
     stand_in = jax.ShapeDtypeStruct((*kv.shape[:2], q.shape[-1]), q.dtype) if quantized else kv
     check(q, stand_in, indices, v_head_dim, sinks)
     kv = kv if quantized else widened(kv)

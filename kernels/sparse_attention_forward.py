@@ -42,8 +42,8 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
     """Sparse attention of queries R = B * T, each over the rows of its batch entry.
 
     Args:
-      q: bf16[R, N, H], N a multiple of 64, H 512 or 576.
-      kv: bf16[B, S, H], or uint8[B, S, 656], the fp8 cache of `sparse_attention_decode`, with H 576.
+      q: 16 bits (bf16 or fp16) [R, N, H], N a multiple of 64, H 512 or 576.
+      kv: as q [B, S, H]; or uint8[B, S, 656], the fp8 cache of `sparse_attention_decode`, with q in bf16 and H 576.
       indices: int32[R, K], K a multiple of 128; outside [0, S) stands for nothing.
       steps: int32[R], how many blocks of 128 indices to look at; at least 1.
       sinks: float32[N], -inf for none.
@@ -53,7 +53,7 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
       interpret: None, or `mosaic.interpret_params()`.
 
     Returns:
-      out bf16[R, N, 512], and the log-sum-exp float32[R, N].
+      out, as q [R, N, 512], and the log-sum-exp float32[R, N].
     """
     num_rows, num_heads, head_dim = q.shape
     batch, num_keys, _ = kv.shape
@@ -62,7 +62,7 @@ def forward(q, kv, indices, steps, sinks, *, scale: float, num_blocks: int, inte
     blocks = min(items, num_blocks)
     has_tail = head_dim > V_DIM
     parts = gather_parts(head_dim)
-    registers = tilings.SPARSE_FORWARD_REGISTERS[kv.dtype.name]
+    registers = tilings.SPARSE_FORWARD_REGISTERS["fp8" if kv.dtype == jnp.uint8 else "16 bits"]
     layout = plgpu.Layout.WGMMA
 
     def spread(vector, like, dim):

@@ -28,7 +28,7 @@ class RowTiling:
 
 
 # 288 rows: of 256 groups of 256 rows on average, nearly all fit into one tile, so that a weight is multiplied once.
-_BFLOAT16 = RowTiling(
+_SIXTEEN_BITS = RowTiling(
     columns=128,
     warpgroups=2,
     widths=(64, 128, 192, 224, 256, 272, 288),
@@ -40,8 +40,8 @@ _BFLOAT16 = RowTiling(
     staged_rows=64,
 )
 GROUPED = {
-    "bfloat16": _BFLOAT16,
-    "bfloat16 swiglu": dataclasses.replace(_BFLOAT16, columns=64),  # of gate and of up
+    "16 bits": _SIXTEEN_BITS,
+    "16 bits, swiglu": dataclasses.replace(_SIXTEEN_BITS, columns=64),  # of gate and of up
     "float8_e4m3fn": RowTiling(
         columns=128,
         warpgroups=2,
@@ -95,7 +95,7 @@ def weight_gradient(width_d: int) -> WeightTiling:
 
 # Sparse attention: registers of a thread of the left, right and gathering warpgroup, by what a row is stored as.
 # They sum to 504 at most. Dequantizing takes more of them than copying.
-SPARSE_FORWARD_REGISTERS = {"bfloat16": (224, 216, 64), "uint8": (216, 208, 80)}
+SPARSE_FORWARD_REGISTERS = {"16 bits": (224, 216, 64), "fp8": (216, 208, 80)}
 # Columns of the row gradient that the two computing warpgroups add at once, by row width: as many as registers allow
 # beside those of the query gradient.
 SPARSE_BACKWARD_COLUMNS = {512: (128, 128), 576: (128, 64)}

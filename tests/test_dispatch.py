@@ -255,13 +255,13 @@ def test_window_as_index_lists_equals_the_band():
             np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_whole_models_lower_for_hopper(hopper, name):
-    """Decode and gradients of bfloat16 models: every kernel takes what the models hand it."""
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "bfloat16") for name in KERNELS), ("deepseek_v32", "float16")])
+def test_whole_models_lower_for_hopper(hopper, name, dtype):
+    """Decode and gradients of 16-bit models: every kernel takes what the models hand it."""
     compressed = {"layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"]}
     compressed |= {"mlp_layer_types": ["hash_moe", "moe"]}
     config = dsparse.ModelConfig.tiny(name, num_hidden_layers=2, **(compressed if name == "deepseek_v4" else {}))
-    model = nnx.eval_shape(lambda: dsparse.Model(config, rngs=nnx.Rngs(0), dtype=jnp.dtype("bfloat16")))
+    model = nnx.eval_shape(lambda: dsparse.Model(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype)))
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     cache = jax.eval_shape(lambda: model.init_cache(2, 64))
 

@@ -3,7 +3,8 @@
 For each checkpoint, against the same model in float32 on plain XLA: relative norm errors of logits (a whole pass, and
 through a cache: a first chunk, a second one, then token by token) and of the loss's gradient, how often the most likely
 token is the same, and how long greedy continuations are. Each stands beside what the bfloat16 model makes of it on plain
-XLA: the kernels may not be worse than bfloat16 is. Where a continuation differs from float32's, the margin by which
+XLA: the kernels may not be worse than bfloat16 is. The same kernels in float16, whose numbers have three bits more, must
+come nearer to float32. Where a continuation differs from float32's, the margin by which
 float32 preferred its token stands beside the error of the logits there, computed as they were for that token: token by
 token, since an expert whose score is nearly a tie may be chosen so and not in a whole pass. Says which implementation
 served each op.
@@ -42,6 +43,7 @@ ROWS, LENGTH = 2, 512
 PIECES = (0, 384, 496, *range(497, 505))  # through the cache
 PROMPTS, PROMPT, NEW = 8, 128, 24
 CONTINUED = (0, *range(PROMPT, PROMPT + NEW))
+NEARER = 0.8  # errors of the kernels in float16 over those of plain XLA in bfloat16
 AS_NEAR = 1.25  # errors of the kernels over those of plain XLA in bfloat16, or of one GPU
 FP8_ERROR = 0.05  # of logits; rows of the experts' products are rounded to 4 significant bits
 NEAR_TIE = 6.0  # margin of a tie that bfloat16 may decide otherwise, over the standard error of the logits there
@@ -70,7 +72,7 @@ class Variant(NamedTuple):
 
 Work = dict[Variant, concurrent.futures.Future]
 FLOAT32, PLAIN = Variant("float32", "float32", "xla"), Variant("plain XLA", "bfloat16", "xla")
-KERNELS = Variant("kernels")
+KERNELS, FLOAT16 = Variant("kernels"), Variant("kernels in float16", "float16")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -154,20 +156,26 @@ class Checks:
             self.served |= served
         return value
 
-    def compare(self, case: str, expected, beside, ours, **figures) -> None:
+    def compare(self, case: str, expected, beside, ours, near: float = AS_NEAR, **figures) -> None:
         error, error_beside = (measure.relative_error(x, expected) for x in (ours, beside))
-        most = max(AS_NEAR * error_beside, FP8_ERROR if self.fp8 else 0.0)
+        most = max(near * error_beside, FP8_ERROR if self.fp8 else 0.0)
         self.passed.append(error < most)
         self.records.add(
             f"{self.name}: {case}", passed=self.passed[-1], error=error, error_beside=error_beside, **figures
         )
 
-    def texts(self, case: str, text: dict[Variant, np.ndarray], reference: Variant, ours: Variant) -> None:
-        """How much of the texts is the same, and the margins where they are not."""
-        expected, found = text[reference], text[ours]
+    def texts(self, cases: dict[str, Variant], text: dict[Variant, np.ndarray], reference: Variant) -> None:
+        """How much of each case's texts is the reference's, and the margins where they part."""
+        expected = text[reference]
         whole = np.concatenate([self.prompts, expected], axis=1)
-        seen = self.start_all((reference, ours), functools.partial(cached_logits, cuts=CONTINUED), whole)
-        exact, found_there = (self.result(variant, seen)[:, PROMPT - 1 :] for variant in (reference, ours))
+        variants = (reference, *cases.values())
+        seen = self.start_all(variants, functools.partial(cached_logits, cuts=CONTINUED), whole)
+        exact, *found_there = (self.result(variant, seen)[:, PROMPT - 1 :] for variant in variants)
+        for (case, ours), found in zip(cases.items(), found_there, strict=True):
+            self.parted(case, expected, text[ours], exact, found, text.get(PLAIN))
+
+    def parted(self, case: str, expected, found, exact, found_there, beside) -> None:
+        """Texts, and the logits of each of the expected tokens as both models computed them."""
         errors = np.std(exact - found_there, axis=-1)
         top = np.sort(exact, axis=-1)[..., -2:]
         margins, errors_there = [], []
@@ -186,22 +194,27 @@ class Checks:
             errors_there=str(errors_there),
             logit_error=float(np.median(errors)),
             near_ties=int(np.sum(top[..., 1] - top[..., 0] < NEAR_TIE * errors)),
-            **({"same_beside": str(same_tokens(text[PLAIN], expected))} if PLAIN in text else {}),
+            **({} if beside is None else {"same_beside": str(same_tokens(beside, expected))}),
         )
 
     def on_one_gpu(self) -> None:
         variants = (FLOAT32, PLAIN, KERNELS)
         slopes = {} if self.fp8 else self.start_all(variants, gradient, self.tokens)  # 8-bit weights have none
-        text = self.start_all(variants, greedy, self.prompts)
+        variants_of_text = variants if self.fp8 else (*variants, FLOAT16)
+        text = self.start_all(variants_of_text, greedy, self.prompts)
         cached = self.start_all((KERNELS,), functools.partial(cached_logits, cuts=PIECES), self.tokens)
-        whole = self.start_all(variants, logits, self.tokens)
-        expected, plain, ours = (self.result(v, whole) for v in variants)
+        whole = self.start_all(variants_of_text, logits, self.tokens)
+        expected, plain, ours, *half = (self.result(v, whole) for v in variants_of_text)
         best = expected.argmax(-1)
         agreeing = {n: float((x.argmax(-1) == best).mean()) for n, x in (("", ours), ("_beside", plain))}
         self.compare("logits", expected, plain, ours, **{f"best_token{n}": share for n, share in agreeing.items()})
+        for nearer in half:
+            share = float((nearer.argmax(-1) == best).mean())
+            self.compare("logits in float16", expected, plain, nearer, NEARER, best_token=share)
         first = [x[:, : PIECES[-1]] for x in (expected, plain)]
         self.compare("logits through the cache", *first, self.result(KERNELS, cached))
-        self.texts("greedy text", {v: self.result(v, text) for v in variants}, FLOAT32, KERNELS)
+        cases = {"greedy text": KERNELS} | ({} if self.fp8 else {"greedy text in float16": FLOAT16})
+        self.texts(cases, {v: self.result(v, text) for v in variants_of_text}, FLOAT32)
         if slopes:
             self.compare("gradient", *(self.result(v, slopes) for v in variants))
         served = [f"{op} {name}" + (f" ({why})" if why else "") for (op, name), why in self.served.items()]
@@ -219,8 +232,7 @@ class Checks:
                 found = (self.result(v, work) for v in (FLOAT32, KERNELS, variant))
                 self.compare(f"{case}, {variant.mesh}", *found)
         texts = {v: self.result(v, text) for v in (KERNELS, *spread)}
-        for variant in spread:
-            self.texts(f"greedy text, {variant.mesh}", texts, KERNELS, variant)
+        self.texts({f"greedy text, {variant.mesh}": variant for variant in spread}, texts, KERNELS)
 
 
 def check(folder: Path, arguments, records: measure.Records) -> bool:

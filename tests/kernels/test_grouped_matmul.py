@@ -25,8 +25,8 @@ def small_tiles(monkeypatch):
         yield
 
 
-def normal(seed, shape, scale=1.0):
-    return (jax.random.normal(jax.random.key(seed), shape) * scale).astype(jnp.bfloat16)
+def normal(seed, shape, scale=1.0, dtype=jnp.bfloat16):
+    return (jax.random.normal(jax.random.key(seed), shape) * scale).astype(dtype)
 
 
 def groups():
@@ -50,17 +50,19 @@ def float32(*arrays):
     return (np.asarray(a.astype(jnp.float32)) for a in arrays)
 
 
-def test_grouped_matmul_and_gradients(small_tiles):
-    x, weights, dy = normal(0, (ROWS, 128)), normal(1, (4, 192, 128), 0.1), normal(2, (ROWS, 192))
+@pytest.mark.parametrize(("dtype", "most"), [(jnp.bfloat16, 3e-3), (jnp.float16, 4e-4)])
+def test_grouped_matmul_and_gradients(small_tiles, dtype, most):
+    shapes = ((ROWS, 128), 1.0), ((4, 192, 128), 0.1), ((ROWS, 192), 1.0)
+    x, weights, dy = (normal(seed, *shape, dtype) for seed, shape in enumerate(shapes))
     sizes = jnp.array(SIZES)
     x = x.at[sum(SIZES) :].set(jnp.nan)
     out, pull = jax.vjp(lambda x, w: gm.grouped_matmul(x, w, sizes, True), x, weights)
     d_x, d_w = pull(dy)
     x, weights, dy = float32(jnp.nan_to_num(x), weights, dy)
     expected_d_w = np.stack([dy[rows].T @ x[rows] for _, rows in groups()])
-    assert error(out, product(x, weights)) < 3e-3
-    assert error(d_x, product(dy, weights.transpose(0, 2, 1))) < 3e-3
-    assert error(d_w, expected_d_w) < 3e-3
+    assert error(out, product(x, weights)) < most
+    assert error(d_x, product(dy, weights.transpose(0, 2, 1))) < most
+    assert error(d_w, expected_d_w) < most
     assert not out[sum(SIZES) :].any() and not d_w[1].any()
 
 
@@ -143,20 +145,21 @@ def backward(function):
 
 
 @pytest.mark.parametrize(
-    ("function", "rows", "weights"),
+    ("function", "rows", "weights", "dtype"),
     [
-        (gm.grouped_swiglu, 65536, (256, 2, 2048, 7168)),
-        (gm.grouped_matmul, 49153, (64, 1408, 2048)),  # an odd number of column tiles; rows to pad
-        (backward(gm.grouped_matmul), 65536, (256, 2048, 7168)),
-        (backward(gm.grouped_swiglu), 4096, (64, 2, 1408, 2048)),
-        (backward(gm.grouped_matmul), 8, (2, 192, 128)),
+        (gm.grouped_swiglu, 65536, (256, 2, 2048, 7168), jnp.bfloat16),
+        (gm.grouped_matmul, 49153, (64, 1408, 2048), jnp.bfloat16),  # an odd number of column tiles; rows to pad
+        (backward(gm.grouped_matmul), 65536, (256, 2048, 7168), jnp.bfloat16),
+        (backward(gm.grouped_swiglu), 4096, (64, 2, 1408, 2048), jnp.bfloat16),
+        (backward(gm.grouped_swiglu), 65536, (256, 2, 2048, 7168), jnp.float16),
+        (backward(gm.grouped_matmul), 8, (2, 192, 128), jnp.bfloat16),
     ],
 )
-def test_compiles(monkeypatch, function, rows, weights):
+def test_compiles(monkeypatch, function, rows, weights, dtype):
     monkeypatch.setattr(tilings, "GROUPED", highest_only())
     sizes = shape(weights[0], dtype=jnp.int32)
-    extra = () if function in (gm.grouped_matmul, gm.grouped_swiglu) else (shape(rows, weights[-2]),)
-    check_compiled(function, shape(rows, weights[-1]), shape(*weights), sizes, *extra)
+    extra = () if function in (gm.grouped_matmul, gm.grouped_swiglu) else (shape(rows, weights[-2], dtype=dtype),)
+    check_compiled(function, shape(rows, weights[-1], dtype=dtype), shape(*weights, dtype=dtype), sizes, *extra)
 
 
 @pytest.mark.parametrize("name", ["fp8", "int8"])

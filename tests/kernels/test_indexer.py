@@ -28,7 +28,11 @@ def reference(q, k, weights, lengths, scale):
 
 @pytest.mark.parametrize(
     ("batch", "queries", "keys", "heads", "dtype", "offset"),
-    [(1, 8, 384, 64, jnp.bfloat16, 120), (2, 2, 200, 64, FP8, 0)],  # a hidden tile; padded queries and keys
+    [
+        (1, 8, 384, 64, jnp.bfloat16, 120),
+        (1, 8, 256, 64, jnp.float16, 100),
+        (2, 2, 200, 64, FP8, 0),
+    ],  # a hidden tile; padded queries and keys
 )
 def test_logits(batch, queries, keys, heads, dtype, offset):
     q, k, weights, scale = inputs(batch, queries, keys, heads, dtype)
@@ -58,7 +62,7 @@ def shape(*dims, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(dims, dtype)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, FP8])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, FP8])
 @pytest.mark.parametrize(
     ("queries", "keys", "heads"), [(2048, 32768, 64), (1, 1000, 64), (130, 640, 32), (130, 640, 4)]
 )
