@@ -19,7 +19,6 @@ from dsparse.config import ModelConfig
 from dsparse.context import Context
 from dsparse.layers import Linear, RMSNorm, apply_rope_to_tail, rope_cos_sin
 from dsparse.params import Scope, normal, zeros
-from dsparse.reference import NEG_INF
 
 RETRACTABLE = 8  # newest tokens of a row that later calls may replace (rejected drafts): rings keep that much more
 
@@ -103,6 +102,11 @@ def ring_slots(slots: Int[Array, "B T"], size: int) -> Int[Array, "B T"]:
     return jnp.where((slots >= 0) & (slots >= end - size), slots % size, -1)
 
 
+def _least(x: Array) -> float:
+    """The gate of nothing: finite in x's number type, so that a window without any token stays free of NaN."""
+    return float(jnp.finfo(x.dtype).min)
+
+
 class Compressor(nnx.Module):
     """Softmax-gated pooling of windows (equations 9-12 and 20-23), per channel, with a learned bias per place.
 
@@ -153,7 +157,7 @@ class Compressor(nnx.Module):
         own = rows[..., -1, :]
         if self.series == 2:
             before = jnp.roll(rows[..., 0, :], 1, axis=1)  # each window's predecessor; the first has none
-            nothing = jnp.array([0.0, NEG_INF], rows.dtype)[:, None]
+            nothing = jnp.array([0.0, _least(rows)], rows.dtype)[:, None]
             first = jnp.arange(count)[:, None, None, None] == 0
             own = jnp.concatenate([jnp.where(first, nothing, before), own], axis=2)
         return own[..., 0, :], own[..., 1, :]
@@ -169,7 +173,7 @@ class Compressor(nnx.Module):
         ]
         chosen = jnp.concatenate(parts, axis=2)
         present = (sources >= 0)[..., None]
-        return chosen[..., 0, :], jnp.where(present, chosen[..., 1, :], NEG_INF)
+        return chosen[..., 0, :], jnp.where(present, chosen[..., 1, :], _least(rows))
 
 
 class Scorer(nnx.Module):
