@@ -30,6 +30,10 @@ _ATOM = 8 * 128  # bytes of the swizzled layout's unit: 8 rows of a chunk
 FP8_ROW = 656  # bytes: 512 e4m3 values, 4 float32 scales of 128 values each, 64 bf16 values
 
 _WAIT = "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1;\n@!done bra AGAIN;\n}"
+_OTHERS_ADDRESS = (
+    "{\n.reg .b32 other;\nmov.u32 other, %cluster_ctarank;\nxor.b32 other, other, 1;\n"
+    "mapa.shared::cluster.u32 $0, $1, other;\n}"
+)
 
 # Eight e4m3 values times a float32 scale, as bf16.
 _DEQUANTIZE = "{\n.reg .b16 x0, x1, x2, x3, low, high;\n.reg .b32 halves;\n.reg .f32 a, b;\n"
@@ -79,8 +83,12 @@ def barrier_scratch(parts: Sequence[Part]):
     return plgpu.SMEM((4 * len(parts),), jnp.int32)
 
 
-def init_barriers(barriers, parts: Sequence[Part]) -> None:
-    """One warpgroup calls this; all warpgroups must synchronize before they use a barrier."""
+def init_barriers(barriers, parts: Sequence[Part], paired: bool = False) -> None:
+    """One warpgroup calls this; all warpgroups must synchronize before they use a barrier, those of a pair by `meet`.
+
+    paired: two blocks of a cluster take the same lists, and each fills half of the rows of both.
+    """
+    blocks = 2 if paired else 1
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def init(ctx, barriers):
@@ -90,11 +98,29 @@ def init_barriers(barriers, parts: Sequence[Part]) -> None:
             for number in range(len(parts)):
                 # Each gathering thread arrives twice: when its copies are there, and for what it wrote itself.
                 asm(f"mbarrier.init.shared::cta.b64 [$0+{8 * number}], {2 * THREADS};", [base], "r")
-                asm(f"mbarrier.init.shared::cta.b64 [$0+{8 * (len(parts) + number)}], {THREADS};", [base], "r")
+                offset = 8 * (len(parts) + number)
+                asm(f"mbarrier.init.shared::cta.b64 [$0+{offset}], {blocks * THREADS};", [base], "r")
             asm("fence.mbarrier_init.release.cluster;")
             scf.yield_([])
 
     init(barriers)
+
+
+def meet() -> None:
+    """All threads of both blocks of a pair wait for each other: before one touches the other's memory, and before one
+    ends while the other still may."""
+
+    @plgpu.inline_mgpu()
+    def wait(ctx):
+        asm("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;")
+
+    wait()
+
+
+def _others(address: ir.Value) -> ir.Value:
+    """The same place in the shared memory of a pair's other block."""
+    i32 = ir.IntegerType.get_signless(32)
+    return llvm.inline_asm(i32, [address], _OTHERS_ADDRESS, "=r,r", has_side_effects=True)
 
 
 def wait_full(barriers, number: int, step: jax.Array) -> None:
@@ -119,19 +145,34 @@ def publish() -> None:
     fence()
 
 
-def free(barriers, parts: Sequence[Part], number: int) -> None:
-    """A warpgroup says that it, the only reader left, is done with part `number`: it may be overwritten."""
+def free(barriers, parts: Sequence[Part], number: int, paired: bool = False) -> None:
+    """A warpgroup says that it, its block's only reader left, is done with part `number`: it may be overwritten."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def arrive(ctx, barriers):
         offset = 8 * (len(parts) + number)
-        asm(f"mbarrier.arrive.shared::cta.b64 _, [$0+{offset}];", [smem_address(barriers)], "r")
+        base = smem_address(barriers)
+        asm(f"mbarrier.arrive.shared::cta.b64 _, [$0+{offset}];", [base], "r")
+        if paired:
+            asm(f"mbarrier.arrive.shared::cluster.b64 _, [$0+{offset}];", [_others(base)], "r")
 
     arrive(barriers)
 
 
 def gather(
-    kv, indices, steps, tile, tail, bias, barriers, parts: Sequence[Part], *, slots: int, items, per_row: int
+    kv,
+    indices,
+    steps,
+    tile,
+    tail,
+    bias,
+    barriers,
+    parts: Sequence[Part],
+    *,
+    slots: int,
+    items,
+    per_row: int,
+    paired: bool = False,
 ) -> None:
     """A warpgroup fills the slots with the rows that index lists name, step after step, as readers free them.
 
@@ -149,6 +190,7 @@ def gather(
       slots: tiles of a step.
       items: (first, stride, end): the lists to take, one after another, are those of items // per_row.
       per_row: items a list is for.
+      paired: of an fp8 cache, see `init_barriers`: converting costs more than sending what was converted.
     """
     _, rows_of_kv, width = kv.shape
     lists_of_entry = indices.shape[0] // kv.shape[0]
@@ -162,7 +204,8 @@ def gather(
     @plgpu.inline_mgpu(arg_types=(plain, plain, plain, swizzled, swizzled, plain, plain, plgpu.Layout.WG_SPLAT))
     def run(ctx, kv, indices, steps, tile, tail, bias, barriers, first_item):
         i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-        lane = (_DequantizingLane if quantized else _CopyingLane)(tile, tail, bias)
+        fp8_lane = functools.partial(_DequantizingLane, barriers=barriers if paired else None)
+        lane = (fp8_lane if quantized else _CopyingLane)(tile, tail, bias)
         barrier_at = smem_address(barriers)
         kv_at = arith.addi(llvm.ptrtoint(i64, gmem_pointer(kv)), arith.extui(i64, lane.byte))
         indices_at, steps_at = gmem_pointer(indices), gmem_pointer(steps)
@@ -174,7 +217,11 @@ def gather(
 
         def fill(number):
             asm(f"cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0+{8 * number}];", [barrier_at], "r")
-            asm(f"mbarrier.arrive.shared::cta.b64 _, [$0+{8 * number}];", [barrier_at], "r")
+            if paired:  # as many bytes come from the other block as this one sends there
+                text = f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0+{8 * number}], {lane.bytes_sent};"
+            else:
+                text = f"mbarrier.arrive.shared::cta.b64 _, [$0+{8 * number}];"
+            asm(text, [barrier_at], "r")
 
         def row_of(source, index):
             some = arith.cmpi(arith.CmpIPredicate.ult, index, c32(rows_of_kv))
@@ -203,17 +250,21 @@ def gather(
             indices_of, loaded = list(indices_of), list(loaded)
             for number, part in enumerate(parts):
                 wait_free(number, total)
-                rows = [row_at(index) for index in indices_of[part.slot]]
-                for j, row in enumerate(rows):
-                    lane.copy_tail(part, j, row)
+                rows = [row_at(index) for index in lane.converted(indices_of[part.slot])]
+                for j, index in enumerate(indices_of[part.slot]):
+                    lane.copy_tail(part, j, row_at(index))
                 if all(part.slot != later.slot for later in parts[number + 1 :]):
                     indices_of[part.slot] = load_next(part.slot)
                 ahead = parts[(number + 1) % len(parts)]
-                for j, row in enumerate(rows):
-                    lane.convert(part, j, row, loaded[j])
+                following = lane.converted(indices_of[ahead.slot])
+                for j in range(len(rows)):
+                    lane.convert(part, j, loaded[j])
                     # A part's words are loaded while the part before it is converted.
-                    loaded[j] = lane.load(ahead, row_at(indices_of[ahead.slot][j]))
+                    loaded[j] = lane.load(ahead, row_at(following[j]))
                 asm("fence.proxy.async.shared::cta;")
+                if paired:
+                    utils.warpgroup_barrier()
+                    lane.send(part, number)
                 fill(number)
             return indices_of, loaded
 
@@ -227,7 +278,7 @@ def gather(
             row_at = functools.partial(row_of, arith.addi(kv_at, arith.muli(entry, c64(rows_of_kv * row_bytes))))
             state = [[load_indices(list_at, c32(0), count, slot) for slot in range(slots)]]
             if quantized:
-                state.append([lane.load(parts[0], row_at(index)) for index in state[0][parts[0].slot]])
+                state.append([lane.load(parts[0], row_at(i)) for i in lane.converted(state[0][parts[0].slot])])
             values, structure = jax.tree.flatten(state)
             per_step = scf.ForOp(c32(0), count, c32(1), values)
             with ir.InsertionPoint(per_step.body):
@@ -314,14 +365,36 @@ class _CopyingLane(_Lane):
 class _DequantizingLane(_Lane):
     """Of rows of the fp8 cache. A thread's 16 values of each 128 are two 16-byte pieces of bf16 in one chunk."""
 
-    def __init__(self, *refs):
-        super().__init__(*refs)
+    bytes_sent = 4 * _ATOM * (ROWS // 2 // 8) // THREADS  # of a part, a thread's share
+
+    def __init__(self, tile, tail, bias, barriers):
+        """barriers: of a pair, each of whose blocks sends the other what it converts."""
+        super().__init__(tile, tail, bias)
+        self.paired = barriers is not None
         within, upper = arith.remui(self.lane, c32(4)), arith.divui(self.lane, c32(4))
-        base = arith.addi(smem_address(refs[0]), arith.muli(upper, c32(_ATOM)))
+        base = arith.addi(smem_address(tile), arith.muli(upper, c32(_ATOM)))
         # Which of its two pieces a thread stores first keeps the threads of a row in different banks.
         self.swaps = arith.cmpi(arith.CmpIPredicate.ne, upper, c32(0))
         piece = arith.addi(arith.muli(within, c32(2)), upper)
-        self.pieces_at = [self._at(base, 8, piece), self._at(base, 8, arith.xori(piece, c32(1)))]
+        pieces_at = [self._at(base, 8, piece), self._at(base, 8, arith.xori(piece, c32(1)))]
+        if self.paired:
+            rank = llvm.inline_asm(base.type, [], "mov.u32 $0, %cluster_ctarank;", "=r", has_side_effects=True)
+            self.second = arith.cmpi(arith.CmpIPredicate.ne, rank, c32(0))
+            first_row = arith.muli(rank, c32(self.in_tile(Part(0, (0,)), PASSES // 2, 0)))
+            pieces_at = [arith.addi(address, first_row) for address in pieces_at]
+            # One thread for each 8 rows, whose 4 chunks are contiguous.
+            thread = arith.remui(utils.thread_idx(), c32(THREADS))
+            some = arith.cmpi(arith.CmpIPredicate.ult, thread, c32(ROWS // 2 // 8))
+            source = arith.addi(smem_address(tile), arith.addi(first_row, arith.muli(thread, c32(8 * _ATOM))))
+            self.sent = source, _others(source), _others(smem_address(barriers)), some
+        self.pieces_at = pieces_at
+
+    def converted(self, indices: list[ir.Value]) -> list[ir.Value]:
+        """Those of a slot's rows that this block converts: the first or the second half, of a pair."""
+        if not self.paired:
+            return indices
+        halves = indices[: PASSES // 2], indices[PASSES // 2 :]
+        return [arith.select(self.second, b, a) for a, b in zip(*halves, strict=True)]
 
     def load(self, part: Part, row: _Row) -> list[ir.Value]:
         """The words of half a row: two scales, and two times four of values."""
@@ -332,24 +405,35 @@ class _DequantizingLane(_Lane):
         return words
 
     def copy_tail(self, part: Part, j: int, row: _Row) -> None:
+        self.say_whether_some(part, j, row)
         if part.chunks[-1] >= 8:
             text = f"cp.async.cg.shared.global [$0+{self.in_tail(part, j)}], [$1+528], 16, $2;"
             asm(text, [self.tail_at, row.address, row.bytes(16)], "r,l,r")
 
-    def convert(self, part: Part, j: int, row: _Row, words: list[ir.Value]) -> None:
-        self.say_whether_some(part, j, row)
+    def convert(self, part: Part, j: int, words: list[ir.Value]) -> None:
         f32, four = ir.F32Type.get(), ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
         scales, words = words[:2], words[2:]
-        for number in range(4):
-            first, second = (words[4 * (number // 2) + k :][:2] for k in (0, 2))
-            stored = (second, first) if number % 2 else (first, second)
+        for piece in range(4):
+            first, second = (words[4 * (piece // 2) + k :][:2] for k in (0, 2))
+            stored = (second, first) if piece % 2 else (first, second)
             chosen = [arith.select(self.swaps, b, a) for a, b in zip(*stored, strict=True)]
-            operands = [*chosen, llvm.bitcast(f32, scales[number // 2])]
+            operands = [*chosen, llvm.bitcast(f32, scales[piece // 2])]
             both = llvm.inline_asm(four, operands, _DEQUANTIZE, "=&r,=&r,=&r,=&r,r,r,f", has_side_effects=True)
             values = [llvm.extractvalue(words[0].type, both, [k]) for k in range(4)]
-            target = self.in_tile(part, j, part.chunks[0] + 2 * (number // 2))
-            text = f"st.shared.v4.b32 [$0+{target}], {{$1, $2, $3, $4}};"
-            asm(text, [self.pieces_at[number % 2], *values], "r,r,r,r,r")
+            target = self.in_tile(part, j, part.chunks[0] + 2 * (piece // 2))
+            asm(
+                f"st.shared.v4.b32 [$0+{target}], {{$1, $2, $3, $4}};",
+                [self.pieces_at[piece % 2], *values],
+                "r,r,r,r,r",
+            )
+
+    def send(self, part: Part, number: int) -> None:
+        """What the warpgroup converted of a part goes to the other block, whose barrier counts its bytes."""
+        source, target, barrier, some = self.sent
+        offset = part.slot * ROWS * 512 * 2 + part.chunks[0] * _ATOM
+        copy = "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes"
+        text = f"@$3 {copy} [$1+{offset}], [$0+{offset}], {4 * _ATOM}, [$2+{8 * number}];"
+        asm(text, [source, target, barrier, some], "r,r,r,b")
 
 
 def _load_words(address, offset: int, count: int, some) -> list[ir.Value]:

@@ -169,7 +169,12 @@ def check(seed: int) -> bool:
 
 def check_decode(seed: int) -> bool:
     good = True
-    for batch, queries, heads, width, keys, count in ((3, 2, 72, 576, 700, 500), (2, 1, 16, 512, 400, 300)):
+    for batch, queries, heads, width, keys, count in (
+        (3, 2, 72, 576, 700, 500),
+        (2, 1, 16, 512, 400, 300),
+        (40, 3, 256, 576, 900, 512),
+        (1, 1, 64, 576, 900, 800),
+    ):
         rng = np.random.default_rng(seed)
         q = jnp.asarray(rng.standard_normal((batch, queries, heads, width)), jnp.bfloat16)
         kv = jnp.asarray(rng.standard_normal((batch, keys, width)), jnp.bfloat16)
@@ -189,8 +194,15 @@ def check_decode(seed: int) -> bool:
             poison_free_memory()
             out_k, lse_k = decode(q, cache, indices, sinks)
             errors = measure.relative_error(out_k, out), measure.relative_error(lse_k, lse)
-            good &= errors[0] < MOST[q.dtype.name] and errors[1] < 1e-5
-            print("decode", cache.shape, cache.dtype, "out, lse:", *(f"{e:.1e}" for e in errors), flush=True)
+            # Blocks that exchange converted rows would err at random: the same rows in 16 bits give the same bits.
+            same = all(
+                bool((a == b).all())
+                for _ in range(10)
+                for a, b in zip(decode(q, cache, indices, sinks), decode(q, rows, indices, sinks), strict=True)
+            )
+            good &= errors[0] < MOST[q.dtype.name] and errors[1] < 1e-5 and same
+            told = *(f"{e:.1e}" for e in errors), "" if same else "DIFFERS FROM 16 BITS"
+            print("decode", q.shape, cache.shape, cache.dtype, "out, lse:", *told, flush=True)
     return good
 
 

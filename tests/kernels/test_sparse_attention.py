@@ -4,6 +4,8 @@ They compile for the H100 and fit its registers, one is interpreted with race de
 refuse. The numbers on a GPU: `python -m benchmarks.kernels.sparse_attention --check`.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,11 +71,16 @@ def test_gradients_compile_for_the_h100(name, deterministic, dtype):
     fits(backward, spill_bytes=128)  # a few values around the additions to dKV, whose speed memory bounds
 
 
-@pytest.mark.parametrize("batch", [1, 128])
-@pytest.mark.parametrize("cache", [jnp.bfloat16, jnp.float16, jnp.uint8])
-def test_decode_compiles_for_the_h100(batch, cache):
+@pytest.mark.parametrize(
+    ("batch", "heads", "cache"),
+    [
+        *itertools.product((1, 128), (128,), (jnp.bfloat16, jnp.float16, jnp.uint8)),
+        (128, 64, jnp.uint8),  # one block a query: none to share rows with
+    ],
+)
+def test_decode_compiles_for_the_h100(batch, heads, cache):
     quantized = cache == jnp.uint8
-    q, kv, indices = arguments(batch, 2, 128, 576, 4096, 2048, False, jnp.bfloat16 if quantized else cache)
+    q, kv, indices = arguments(batch, 2, heads, 576, 4096, 2048, False, jnp.bfloat16 if quantized else cache)
     if quantized:
         kv = jax.ShapeDtypeStruct((batch, 4096, 656), jnp.uint8)
 
