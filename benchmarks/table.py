@@ -41,6 +41,7 @@ KERNELS = (
         ("V3.2, 8k keys", "V3.2, 32k keys"),
         "{forward_tflops:.0f}",
         "TFLOP/s",
+        "XLA {xla_forward_tflops:.0f}",
     ),
     Row(
         "sparse attention forward, V4: 64 heads, 512, top-k 512, sinks, kv 8192 / 32768",
@@ -48,6 +49,7 @@ KERNELS = (
         ("V4, 64 heads, 8k keys", "V4, 64 heads, 32k keys"),
         "{forward_tflops:.0f}",
         "TFLOP/s",
+        "XLA {xla_forward_tflops:.0f}",
     ),
     Row(
         "sparse attention backward (5 products), V3.2, kv 8192 / 32768",
@@ -55,6 +57,7 @@ KERNELS = (
         ("V3.2, 8k keys", "V3.2, 32k keys"),
         "{backward_tflops:.0f}",
         "TFLOP/s",
+        "XLA {xla_backward_tflops:.0f}",
     ),
     Row(
         "sparse attention decode, 128 x 2 queries, kv 32768, bf16 / fp8 cache",
@@ -80,6 +83,13 @@ KERNELS = (
             ("grouped matmul fp8", "fp8", ""),
             ("grouped matmul int8", "int8", ""),
         )
+    ),
+    Row(
+        "grouped matmul, 256 experts, 1024 rows (a step of decoding), 7168x2048, bf16 / fp8, weights read",
+        "grouped_matmul",
+        tuple(f"{name}, 256 groups, 1024 rows, 7168 to 2048, routed" for name in ("forward", "fp8")),
+        "{weights_gbs:.0f}",
+        "GB/s",
     ),
     Row(
         "top-k 2048 of 32768, 2048 rows",

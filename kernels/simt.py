@@ -145,6 +145,11 @@ def atomic_add(base: ir.Value, index: U32, value: U32) -> U32:
     return U32(llvm.atomicrmw(llvm.AtomicBinOp.add, _element(base, index), value.value, llvm.AtomicOrdering.monotonic))
 
 
+def unknown(value: U32) -> U32:
+    """The same value, of which the compiler knows nothing: what is computed from it is not kept from before."""
+    return U32(llvm.inline_asm(_i32(), [value.value], "mov.b32 $0, $1;", "=r,r", has_side_effects=True))
+
+
 def thread() -> U32:
     return U32(mgpu_utils.thread_idx())
 

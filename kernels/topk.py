@@ -3,7 +3,8 @@
 A block holds one row in registers as order-preserving unsigned keys (the next row is loaded meanwhile) and bisects for
 the k-th largest key by counting. Once few keys are left between the bounds they move to shared memory, where counting
 is cheap. Then every warp writes its chosen positions behind those of the warps before it, so that indices come out in
-rising order, and ties at the threshold are taken from the left.
+rising order, and ties at the threshold are taken from the left. The next row is first searched near this one's
+threshold: neighbours are often alike, and where they are not, one look is lost.
 
 Rows longer than a block holds are cut into pieces; a second pass over the pieces' top k (in rising order, so ties keep
 their order) gives the answer.
@@ -35,6 +36,9 @@ LISTED = THREADS * LISTED_PER_THREAD  # keys that move to shared memory
 MOST_SELECTED = 4096
 LARGEST_KEY = 0xFFFFFFFE
 WIDTH_OF_TIES = 1 << 20  # bounds so near with many keys between: these are looked at once
+NEAR = 256
+# Places in shared memory behind two turns of the warps' sums.
+COUNTER, GUESS_LOW, GUESS_HIGH = range(2 * WARPS, 2 * WARPS + 3)
 
 
 def topk(scores: Float[Array, "R S"], k: int, lengths: Int[Array, " R"] | None = None) -> Int[Array, "R k"]:
@@ -107,6 +111,8 @@ def _select(bits, lengths, positions, *, k: int, pieces: int):
         def _():
             fetch(block)
 
+        _forget_guesses(sums_s)
+
         def one(i, _):
             item = block + i * blocks
             row, part = lax.div(item, pieces), lax.rem(item, pieces)
@@ -141,7 +147,7 @@ def _select(bits, lengths, positions, *, k: int, pieces: int):
         scratch_types=[
             plgpu.SMEM((piece_rows, LANES), jnp.int32),
             plgpu.SMEM((LISTED,), jnp.int32),
-            plgpu.SMEM((4 * WARPS,), jnp.int32),
+            plgpu.SMEM((GUESS_HIGH + 1,), jnp.int32),
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
         ],
@@ -186,6 +192,21 @@ def _load_keys(bits_s, length, per_thread: int, *, are_keys: bool) -> jax.Array:
         )
 
     return read(bits_s, length)
+
+
+def _forget_guesses(sums_s) -> None:
+    """Before the first row: 0 is no bound worth a look."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def write(ctx, sums_s):
+        del ctx
+        sums = simt.pointer(sums_s)
+        with simt.when(simt.thread().equals(0)):
+            for guess in (GUESS_LOW, GUESS_HIGH):
+                simt.store(sums, U32(guess), 0)
+        simt.block_barrier()
+
+    write(sums_s)
 
 
 def _write_selected(keys, length, offset, list_s, sums_s, outs, positions, *, per_thread: int, k: int) -> None:
@@ -244,14 +265,17 @@ def _total(values: list[U32]) -> U32:
     return functools.reduce(lambda a, b: a + b, values)
 
 
-def _bisect(count, stop, k: int, low, high, at_low, at_high, turn):
-    """Narrows low <= k-th largest key < high, with at least k keys from `low` on and fewer from `high` on."""
+def _bisect(count, stop, k: int, low, high, at_low, at_high, turn, guesses=(0, 0)):
+    """Narrows low <= k-th largest key < high, with at least k keys from `low` on and fewer from `high` on.
 
-    def going(low, high, at_low, at_high, turn):
+    guesses: bounds to look at first.
+    """
+
+    def going(low, high, at_low, at_high, turn, *guesses):
         return ~(at_low.equals(k) | (high - low).equals(1) | stop(at_low - at_high, high - low))
 
-    def halve(low, high, at_low, at_high, turn):
-        middle = low + ((high - low) >> 1)
+    def narrow(low, high, at_low, at_high, turn, guess, next_guess):
+        middle = ((guess > low) & (guess < high)).select(guess, low + ((high - low) >> 1))
         at_middle = count(middle, turn)
         enough = at_middle >= k
         return (
@@ -260,9 +284,11 @@ def _bisect(count, stop, k: int, low, high, at_low, at_high, turn):
             enough.select(at_middle, at_low),
             enough.select(at_high, at_middle),
             turn ^ 1,
+            next_guess,
+            U32(0),
         )
 
-    return simt.while_loop(going, halve, low, high, at_low, at_high, turn)
+    return simt.while_loop(going, narrow, low, high, at_low, at_high, turn, *guesses)[:5]
 
 
 def _tightened(keys: list[U32], shared: _Shared, k: int, low, high, at_low, at_high, turn):
@@ -303,6 +329,7 @@ def _threshold(keys: list[U32], length: U32, shared: _Shared, k: int) -> tuple[U
         U32(len(keys) * THREADS),
         few.select(length, 0),
         U32(0),
+        [simt.load(shared.sums, U32(at)) for at in (GUESS_LOW, GUESS_HIGH)],
     )
     bounds = _tightened(keys, shared, k, *bounds)
     low, high, at_low, at_high, turn = _bisect(count_all, lambda between, _: between <= LISTED, k, *bounds)
@@ -310,14 +337,14 @@ def _threshold(keys: list[U32], length: U32, shared: _Shared, k: int) -> tuple[U
     simt.block_barrier()
     for j in range(LISTED_PER_THREAD):
         simt.store(shared.listed, shared.thread + THREADS * j, 0)
-    counter = U32(2 * WARPS)
     with simt.when(shared.thread.equals(0)):
-        simt.store(shared.sums, counter, 0)
+        simt.store(shared.sums, U32(COUNTER), 0)
     simt.block_barrier()
+    wide_low, wide_high, at_wide_low = low, high, at_low
     span = high - low
     with simt.when(unfinished):
         inside = [(key - low) < span for key in keys]
-        slot = simt.atomic_add(shared.sums, counter, _total([flag.count() for flag in inside]))
+        slot = simt.atomic_add(shared.sums, U32(COUNTER), _total([flag.count() for flag in inside]))
         for key, flag in zip(keys, inside, strict=True):
             with simt.when(flag):
                 simt.store(shared.listed, slot, key)
@@ -331,6 +358,8 @@ def _threshold(keys: list[U32], length: U32, shared: _Shared, k: int) -> tuple[U
     low, high, at_low, at_high_now, _ = _bisect(
         count_listed, lambda between, _: between.equals(0), k, low, high, at_low, at_high, turn
     )
+    with simt.when(shared.thread.equals(0) & ~few):
+        _guess_next(shared, low, wide_low, wide_high, at_wide_low - k, U32(k) - at_high)
     simt.block_barrier()
     # Exactly k keys from `low` on: no ties to choose from. Key 0 is never selected.
     exact = at_low.equals(k) & (low > 0)
@@ -338,12 +367,23 @@ def _threshold(keys: list[U32], length: U32, shared: _Shared, k: int) -> tuple[U
     return exact.select(low - 1, low), none.select(0, U32(k) - at_high_now)
 
 
+def _guess_next(shared: _Shared, threshold, low, high, below, above) -> None:
+    """Bounds around a row's threshold for the next row to look at: NEAR keys or so to either side, as many as there
+    are on the more crowded one. `below` keys lie between `low` and the threshold, `above` between it and `high`."""
+
+    def reach(distance, keys):
+        far = (distance // keys.maximum(1)).minimum(LARGEST_KEY // NEAR) * NEAR
+        return keys.equals(0).select(LARGEST_KEY, far)
+
+    half = reach(threshold - low, below).minimum(reach(high - threshold, above)) + 1
+    simt.store(shared.sums, U32(GUESS_LOW), threshold - half.minimum(threshold))
+    simt.store(shared.sums, U32(GUESS_HIGH), threshold + half.minimum(U32(LARGEST_KEY + 1) - threshold))
+
+
 def _emit(keys, above: U32, ties: U32, offset: U32, shared: _Shared, targets, lookup, k: int) -> None:
     lower_lanes = (U32(1) << shared.lane) - 1
-    larger = [key > above for key in keys]
-    equal = [key.equals(above) for key in keys]
-    larger_counts = shared.warp_sums(_total([flag.count() for flag in larger]), 0)
-    equal_counts = shared.warp_sums(_total([flag.count() for flag in equal]), 1)
+    larger_counts = shared.warp_sums(_total([(key > above).count() for key in keys]), 0)
+    equal_counts = shared.warp_sums(_total([key.equals(above).count() for key in keys]), 1)
 
     def before(counts):
         return _total([(shared.warp > w).select(count, 0) for w, count in enumerate(counts)])
@@ -351,18 +391,29 @@ def _emit(keys, above: U32, ties: U32, offset: U32, shared: _Shared, targets, lo
     equal_seen = before(equal_counts)
     at = before(larger_counts) + equal_seen.minimum(ties)
     first = shared.warp * (32 * len(keys)) + shared.lane
-    for j, (key, is_larger, is_equal) in enumerate(zip(keys, larger, equal, strict=True)):
-        equal_lanes = simt.ballot(is_equal)
-        chosen = is_larger | (is_equal & (equal_seen + simt.bits(equal_lanes & lower_lanes) < ties))
+
+    def store(j, chosen, at):
+        """Those of the j-th key of each lane that are chosen, from `at` on; returns where the next ones go."""
         chosen_lanes = simt.ballot(chosen)
         with simt.when(chosen):
             slot = at + simt.bits(chosen_lanes & lower_lanes)
             position = first + 32 * j + offset
             simt.store(targets[0], slot, position if lookup is None else simt.load(lookup, position))
             for target in targets[1:]:
-                simt.store(target, slot, key)
-        at = at + simt.bits(chosen_lanes)
-        equal_seen = equal_seen + simt.bits(equal_lanes)
+                simt.store(target, slot, keys[j])
+        return at + simt.bits(chosen_lanes)
+
+    with simt.when(ties.equals(0)):
+        end, bound = at, simt.unknown(above)  # comparing again takes fewer registers than remembering
+        for j, key in enumerate(keys):
+            end = store(j, key > bound, end)
+    with simt.when(ties > 0):
+        end, bound = at, simt.unknown(above)
+        for j, key in enumerate(keys):
+            equal_lanes = simt.ballot(key.equals(bound))
+            first_ties = equal_seen + simt.bits(equal_lanes & lower_lanes) < ties
+            end = store(j, (key > bound) | (key.equals(bound) & first_ties), end)
+            equal_seen = equal_seen + simt.bits(equal_lanes)
     total = _total(larger_counts) + _total(equal_counts).minimum(ties)
     for j in range(mosaic.cdiv(k, THREADS)):
         slot = shared.thread + THREADS * j

@@ -12,7 +12,14 @@ from benchmarks.kernels.poison import poison_free_memory
 from dsparse.kernels import grouped_matmul as gm
 from dsparse.kernels import grouped_matmul_quantized as quantized
 
-SHAPES = [(256, 65536, 7168, 2048), (256, 65536, 2048, 7168), (64, 49152, 2048, 1408), (64, 49152, 1408, 2048)]
+# groups, rows, depth, width; the last: a step of decoding, which is as fast as it reads weights
+SHAPES = [
+    (256, 65536, 7168, 2048),
+    (256, 65536, 2048, 7168),
+    (64, 49152, 2048, 1408),
+    (64, 49152, 1408, 2048),
+    (256, 1024, 7168, 2048),
+]
 
 
 def sizes_of(groups: int, rows: int, kind: str, seed: int = 0) -> np.ndarray:
@@ -211,6 +218,9 @@ def main() -> None:
                 ms = measure.milliseconds(call, jax.block_until_ready)
                 flops = 2 * rows * depth * width
                 figures = {"ms": ms, "tflops": flops / ms / 1e9}
+                if name != "wgrad":
+                    weights = next(x for x in values if x.ndim >= 3)
+                    figures["weights_gbs"] = weights.nbytes * float((sizes > 0).mean()) / ms / 1e6
                 if name == "forward":
                     figures["torch_tflops"] = flops / torch_milliseconds(values, sizes) / 1e9
                 records.add(f"{name}, {groups} groups, {rows} rows, {depth} to {width}, {kind}", **figures)

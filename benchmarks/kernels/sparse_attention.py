@@ -230,7 +230,7 @@ def time_shape(shape, quick: bool, records: measure.Records) -> None:
         return sparse_attention(q, kv, indices, v_head_dim=V, scale=width**-0.5, sinks=sinks)
 
     def plain(q, kv, indices, sinks):
-        return (gather_in_chunks(q, kv, indices, scale=width**-0.5),)
+        return (gather_in_chunks(q, kv, indices, scale=width**-0.5),)  # without sinks
 
     def backward(f):
         def run(q, kv, indices, sinks, dout):
@@ -238,20 +238,19 @@ def time_shape(shape, quick: bool, records: measure.Records) -> None:
 
         return run
 
-    pairs = 2 * queries * heads * count
-    forward_ms = measure.jax_milliseconds(attend, q, kv, indices, sinks)
-    both_ms = measure.jax_milliseconds(backward(attend), q, kv, indices, sinks, dout)
-    backward_ms = both_ms - forward_ms
-    figures = {
-        "forward_ms": forward_ms,
-        "forward_tflops": pairs * (width + V) / forward_ms / 1e9,
-        "backward_ms": backward_ms,
-        "backward_tflops": pairs * (3 * width + 2 * V) / backward_ms / 1e9,
-    }
-    if not quick:
-        figures["xla_forward_ms"] = measure.jax_milliseconds(plain, q, kv, indices, sinks)
-        figures["xla_both_ms"] = measure.jax_milliseconds(backward(plain), q, kv, indices, sinks, dout)
-    records.add(name, **figures)
+    def times(f, prefix: str) -> dict[str, float]:
+        forward_ms = measure.jax_milliseconds(f, q, kv, indices, sinks)
+        backward_ms = measure.jax_milliseconds(backward(f), q, kv, indices, sinks, dout) - forward_ms
+        pairs = 2 * queries * heads * count / 1e9
+        figures = {
+            "forward_ms": forward_ms,
+            "forward_tflops": pairs * (width + V) / forward_ms,
+            "backward_ms": backward_ms,
+            "backward_tflops": pairs * (3 * width + 2 * V) / backward_ms,
+        }
+        return {prefix + name: figure for name, figure in figures.items()}
+
+    records.add(name, **times(attend, ""), **({} if quick else times(plain, "xla_")))
 
 
 def main() -> None:
