@@ -156,7 +156,7 @@ def _rows_times_weights(
 ):
     """The kernel over rows padded to what it needs (no copy when M is a multiple of 8 and a tile)."""
     out_columns = weights.shape[-1] if transposed else weights.shape[-2]
-    tiling = tilings.GROUPED["16 bits, swiglu" if swiglu else "16 bits"]
+    tiling = tilings.grouped("16 bits, swiglu" if swiglu else "16 bits", x.shape[0], len(weights))
     rows = max(mosaic.round_up(x.shape[0], ROW_ALIGNMENT), tiling.rows)
     out = _tiles_kernel(
         _padded(x, rows),

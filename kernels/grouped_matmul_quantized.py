@@ -58,7 +58,7 @@ def grouped_matmul_fp8(
     blocks = mosaic.cdiv(width, COLUMNS), mosaic.cdiv(depth, TILE_K)
     _check_scale("x_scale", x_scale, (x.shape[0], blocks[1]))
     _check_scale("w_scale", w_scale, (groups, *parts, *blocks))
-    tiling = tilings.GROUPED["float8_e4m3fn"]
+    tiling = tilings.grouped("float8_e4m3fn", x.shape[0], groups)
     rows = _padded_rows(x.shape[0], tiling)
     weights = _filled(weights, (-2, -1))
     out = _product(
@@ -94,7 +94,7 @@ def grouped_matmul_int8(
         )
     _check_scale("x_scale", x_scale, x.shape[:1])
     _check_scale("w_scale", w_scale, weights.shape[:2])
-    tiling = tilings.GROUPED["int8"]
+    tiling = tilings.grouped("int8", x.shape[0], len(weights))
     rows = _padded_rows(x.shape[0], tiling)
     x_scale = _padded(x_scale[:, None], rows).T
     x_rows = _padded(x, rows)

@@ -265,7 +265,7 @@ def _total(values: list[U32]) -> U32:
     return functools.reduce(lambda a, b: a + b, values)
 
 
-def _bisect(count, stop, k: int, low, high, at_low, at_high, turn, guesses=(0, 0)):
+def _bisect(count, stop, k: int, low, high, at_low, at_high, turn, guesses=()):
     """Narrows low <= k-th largest key < high, with at least k keys from `low` on and fewer from `high` on.
 
     guesses: bounds to look at first.
@@ -288,6 +288,7 @@ def _bisect(count, stop, k: int, low, high, at_low, at_high, turn, guesses=(0, 0
             U32(0),
         )
 
+    guesses = guesses or (U32(0), U32(0))
     return simt.while_loop(going, narrow, low, high, at_low, at_high, turn, *guesses)[:5]
 
 
@@ -388,6 +389,7 @@ def _emit(keys, above: U32, ties: U32, offset: U32, shared: _Shared, targets, lo
     def before(counts):
         return _total([(shared.warp > w).select(count, 0) for w, count in enumerate(counts)])
 
+    total = _total(larger_counts) + _total(equal_counts).minimum(ties)
     equal_seen = before(equal_counts)
     at = before(larger_counts) + equal_seen.minimum(ties)
     first = shared.warp * (32 * len(keys)) + shared.lane
@@ -407,6 +409,8 @@ def _emit(keys, above: U32, ties: U32, offset: U32, shared: _Shared, targets, lo
         end, bound = at, simt.unknown(above)  # comparing again takes fewer registers than remembering
         for j, key in enumerate(keys):
             end = store(j, key > bound, end)
+            if j % 16 == 15:
+                simt.warp_barrier()  # or all ballots come first, and spill
     with simt.when(ties > 0):
         end, bound = at, simt.unknown(above)
         for j, key in enumerate(keys):
@@ -414,7 +418,6 @@ def _emit(keys, above: U32, ties: U32, offset: U32, shared: _Shared, targets, lo
             first_ties = equal_seen + simt.bits(equal_lanes & lower_lanes) < ties
             end = store(j, (key > bound) | (key.equals(bound) & first_ties), end)
             equal_seen = equal_seen + simt.bits(equal_lanes)
-    total = _total(larger_counts) + _total(equal_counts).minimum(ties)
     for j in range(mosaic.cdiv(k, THREADS)):
         slot = shared.thread + THREADS * j
         with simt.when((slot >= total) & (slot < k)):

@@ -100,7 +100,7 @@ def check(chosen: list[int]) -> None:
             shape = f"{groups}x{rows}x{depth}x{width}"
             print(f"check {name} {shape} {kind} {tail} {x.dtype.name}:", *(f"{e:.1e}" for e in errors), ok)
             assert ok
-    for case, shape in enumerate([(8, 1000, 512, 256), (64, 4103, 256, 384)], start=len(cases)):
+    for case, shape in enumerate([(8, 1000, 512, 256), (64, 4103, 256, 384), (128, 700, 512, 256)], start=len(cases)):
         if not chosen or case in chosen:
             check_quantized(*shape)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import stand_ins
 
+from dsparse import reference
 from dsparse.kernels import grouped_matmul as gm
 from dsparse.kernels import grouped_matmul_quantized as quantized
 from dsparse.kernels import mosaic, tilings
@@ -74,6 +75,23 @@ def test_weight_gradient_of_groups_that_are_loaded_in_several_rounds():
     dy, x = float32(dy, x)
     expected = np.stack([dy[:300].T @ x[:300], np.zeros((128, 128)), dy[300:630].T @ x[300:630]])
     assert error(out, expected) < 3e-3
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_few_rows(kind):
+    """As a step of decoding has: tiles of their own."""
+    sizes, rows, groups = jnp.array([3, 0, 7, 1]), 16, 4
+    x, weights = normal(0, (rows, 128)), normal(1, (groups, 128, 128), 0.1)
+    assert tilings.grouped("16 bits", rows, groups).rows < tilings.grouped("16 bits", 1000, groups).rows
+    with mosaic.assume_hopper():
+        if kind == "fp8":
+            x, weights = (a.astype(jnp.float8_e4m3fn) for a in (x, weights))
+            ones = jnp.ones((rows, 1)), jnp.ones((groups, 1, 1))
+            out = quantized.grouped_matmul_fp8(x, ones[0], weights, ones[1], sizes, interpret=True)
+        else:
+            out = gm.grouped_matmul(x, weights, sizes, True)
+    expected = reference.grouped_matmul(*(a.astype(jnp.float32) for a in (x, weights)), sizes)
+    assert error(out, np.asarray(expected)) < 3e-3 and not out[11:].any()
 
 
 def test_grouped_swiglu(small_tiles):
@@ -153,6 +171,8 @@ def backward(function):
         (backward(gm.grouped_swiglu), 4096, (64, 2, 1408, 2048), jnp.bfloat16),
         (backward(gm.grouped_swiglu), 65536, (256, 2, 2048, 7168), jnp.float16),
         (backward(gm.grouped_matmul), 8, (2, 192, 128), jnp.bfloat16),
+        (gm.grouped_matmul, 1024, (256, 2048, 7168), jnp.bfloat16),  # few rows
+        (gm.grouped_swiglu, 1024, (256, 2, 2048, 7168), jnp.float16),
     ],
 )
 def test_compiles(monkeypatch, function, rows, weights, dtype):
@@ -162,15 +182,15 @@ def test_compiles(monkeypatch, function, rows, weights, dtype):
     check_compiled(function, shape(rows, weights[-1], dtype=dtype), shape(*weights, dtype=dtype), sizes, *extra)
 
 
-@pytest.mark.parametrize("name", ["fp8", "int8"])
-def test_quantized_compiles(monkeypatch, name):
+@pytest.mark.parametrize(("name", "rows"), [("fp8", 4096), ("fp8", 64), ("int8", 4096)])
+def test_quantized_compiles(monkeypatch, name, rows):
     fp8 = name == "fp8"
     monkeypatch.setattr(tilings, "GROUPED", highest_only())
     dtype = jnp.float8_e4m3fn if fp8 else jnp.int8
-    scales = ((4096, 4), (16, 8, 4)) if fp8 else ((4096,), (16, 1024))
+    scales = ((rows, 4), (16, 8, 4)) if fp8 else ((rows,), (16, 1024))
     check_compiled(
         quantized.grouped_matmul_fp8 if fp8 else quantized.grouped_matmul_int8,
-        shape(4096, 512, dtype=dtype),
+        shape(rows, 512, dtype=dtype),
         shape(*scales[0], dtype=jnp.float32),
         shape(16, 1024, 512, dtype=dtype),
         shape(*scales[1], dtype=jnp.float32),

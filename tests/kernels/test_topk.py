@@ -23,7 +23,8 @@ def test_compiles(rows, width, k, passes):
         lambda scores, lengths: topk(scores, k, lengths), shape(rows, width), shape(rows, dtype=jnp.int32)
     )
     assert len(kernels) == passes
-    assert all(kernel.spill_bytes <= 64 for kernel in kernels), kernels
+    # Writing rows without ties by themselves spills once a row, and takes 0.228 instead of 0.251 ms (2048 of 32768).
+    assert all(kernel.spill_bytes <= 128 for kernel in kernels), kernels
 
 
 @pytest.mark.parametrize(
