@@ -90,6 +90,8 @@ KERNELS = (
         tuple(f"{name}, 256 groups, 1024 rows, 7168 to 2048, routed" for name in ("forward", "fp8")),
         "{weights_gbs:.0f}",
         "GB/s",
+        "torch {torch_weights_gbs:.0f} (bf16)",
+        ("forward, 256 groups, 1024 rows, 7168 to 2048, routed",),
     ),
     Row(
         "top-k 2048 of 32768, 2048 rows",
@@ -146,9 +148,15 @@ KERNELS = (
         "XLA needs {gib:.0f} GiB",
     ),
 )
+MODEL_CASES = {
+    "logits": "logits",
+    "logits in float16": "logits",
+    "logits through the cache": "logits through the cache",
+    "gradient": "gradient of the loss",
+}
 MODELS = tuple(
     Row(
-        f"{label}: logits / logits through the cache{' / gradient of the loss' if 'gradient' in cases else ''}",
+        f"{label}: {' / '.join(MODEL_CASES[case] for case in cases)}",
         "models",
         tuple(f"{model}: {what}" for what in cases),
         "{error:.4f}",
@@ -157,6 +165,7 @@ MODELS = tuple(
     )
     for label, model, cases in (
         *((f"`{model}`", model, ("logits", "logits through the cache", "gradient")) for model in ("v3", "v32", "v4")),
+        *((f"`{model}` in fp16", model, ("logits in float16",)) for model in ("v3", "v32", "v4")),
         ("demo, experts in FP8", "demo in FP8", ("logits", "logits through the cache")),
     )
 )

@@ -21,3 +21,18 @@ def forget_compiled_programs():
     import jax  # not before the settings above
 
     jax.clear_caches()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What the H100's kernels take, as `tests/kernels` found it."""
+    lines = {
+        (report.nodeid.removeprefix("tests/kernels/"), value)
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for name, value in getattr(report, "user_properties", ())
+        if name == "kernel"
+    }
+    if lines:
+        terminalreporter.section("kernels compiled for the H100")
+        for test, value in sorted(lines):
+            terminalreporter.write_line(f"{value}: {test}")

@@ -222,7 +222,9 @@ def main() -> None:
                     weights = next(x for x in values if x.ndim >= 3)
                     figures["weights_gbs"] = weights.nbytes * float((sizes > 0).mean()) / ms / 1e6
                 if name == "forward":
-                    figures["torch_tflops"] = flops / torch_milliseconds(values, sizes) / 1e9
+                    torch_ms = torch_milliseconds(values, sizes)
+                    figures["torch_tflops"] = flops / torch_ms / 1e9
+                    figures["torch_weights_gbs"] = figures["weights_gbs"] * ms / torch_ms
                 records.add(f"{name}, {groups} groups, {rows} rows, {depth} to {width}, {kind}", **figures)
             del values
 
