@@ -144,6 +144,34 @@ def add_rows(
     return jax.lax.scatter_add(table, index.reshape(-1, 1), updates, whole_rows, mode=mode)
 
 
+class GroupSums(NamedTuple):
+    """Sums of blocks' products by group, over turns. Of 16-bit weights the totals have 16 bits too, half the memory of
+    all gradients: a group's blocks follow each other, so that only the newest group's sum need be kept in float32."""
+
+    totals: tuple[Float[Array, "E _ _"], ...]
+    newest: tuple[Int[Array, ""], tuple[Float[Array, "_ _"], ...]] | None
+
+    @staticmethod
+    def zeros(shapes: tuple[tuple[int, ...], ...], dtype) -> GroupSums:
+        if dtype == jnp.float32:
+            return GroupSums(tuple(jnp.zeros(shape, dtype) for shape in shapes), None)
+        sums = tuple(jnp.zeros(shape[1:], jnp.float32) for shape in shapes)
+        return GroupSums(tuple(jnp.zeros(shape, dtype) for shape in shapes), (jnp.int32(-1), sums))
+
+    def add(self, group: Int[Array, " b"], products: tuple[Float[Array, "b _ _"], ...]) -> GroupSums:
+        if self.newest is None:
+            return GroupSums(tuple(t.at[group].add(p) for t, p in zip(self.totals, products, strict=True)), None)
+
+        def add_block(block, state: GroupSums) -> GroupSums:
+            newest, sums = state.newest
+            this = group[block].astype(jnp.int32)
+            sums = tuple(jnp.where(this == newest, s, 0) + p[block] for s, p in zip(sums, products, strict=True))
+            totals = tuple(t.at[this].set(s.astype(t.dtype)) for t, s in zip(state.totals, sums, strict=True))
+            return GroupSums(totals, (this, sums))
+
+        return jax.lax.fori_loop(0, group.shape[0], add_block, self)
+
+
 def _experts_backward(limit, residuals, d_out):
     x, weights, turns, experts = residuals
     trained = experts.gate_up_scale_inv is None  # weights in 8 or 4 bits have no gradient
@@ -160,21 +188,19 @@ def _experts_backward(limit, residuals, d_out):
         (d_gate_up,) = back(d_hidden * weight)
         d_gate_up = jax.lax.optimization_barrier(d_gate_up)  # read twice, once transposed
         if trained:
-            products = (d_gate_up, rows), (hidden * weight, d_rows)  # down's transposed: faster with its wide side last
-            d_experts = tuple(
-                total.at[turns.group[i]].add(jnp.einsum("bmf,bmd->bfd", *pair, preferred_element_type=jnp.float32))
-                for total, pair in zip(d_experts, products, strict=True)
-            )
+            pairs = (d_gate_up, rows), (hidden * weight, d_rows)  # down's transposed: faster with its wide side last
+            products = (jnp.einsum("bmf,bmd->bfd", *pair, preferred_element_type=jnp.float32) for pair in pairs)
+            d_experts = d_experts.add(turns.group[i], tuple(products))
         return add_rows(d_x, token, jnp.einsum("bmf,bfd->bmd", d_gate_up, gate_up)), d_weights, d_experts
 
     groups, width, inner = experts.down.shape
     shapes = (groups, 2 * inner, width), (groups, inner, width)
-    d_experts = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes) if trained else ()
+    d_experts = GroupSums.zeros(shapes, experts.down.dtype) if trained else ()
     start = jnp.zeros(x.shape, jnp.float32), jnp.zeros(weights.size, jnp.float32), d_experts
     d_x, d_weights, d_experts = jax.lax.fori_loop(0, turns.count, turn, start)
     if trained:
-        d_gate_up, d_down = d_experts[0].reshape(experts.gate_up.shape), jnp.swapaxes(d_experts[1], 1, 2)
-        d_experts = Experts(d_gate_up.astype(experts.gate_up.dtype), d_down.astype(experts.down.dtype))
+        d_gate_up, d_down = d_experts.totals
+        d_experts = Experts(d_gate_up.reshape(experts.gate_up.shape), jnp.swapaxes(d_down, 1, 2))
     return d_x.astype(x.dtype), d_weights.reshape(weights.shape).astype(weights.dtype), None, d_experts or None
 
 
