@@ -19,14 +19,15 @@ from dsparse.kernels.sparse_attention import sparse_attention
 from dsparse.kernels.sparse_attention_decode import pack_cache, sparse_attention_decode, unpack_cache
 
 V = 512
-# name, queries, heads, row width, keys, indices a query, sinks
+# name, queries, heads, row width, keys, indices a query, sinks, number type
 SHAPES = (
-    ("V3.2, 8k keys", 4096, 128, 576, 8192, 2048, False),
-    ("V3.2, 32k keys", 4096, 128, 576, 32768, 2048, False),
-    ("64 heads, 32k keys", 4096, 64, 576, 32768, 2048, False),
-    ("V4, 64 heads, 8k keys", 4096, 64, 512, 8192, 512, True),
-    ("V4, 64 heads, 32k keys", 4096, 64, 512, 32768, 512, True),
-    ("V4, 128 heads, 32k keys", 4096, 128, 512, 32768, 1024, True),
+    ("V3.2, 8k keys", 4096, 128, 576, 8192, 2048, False, "bfloat16"),
+    ("V3.2, 8k keys, float16", 4096, 128, 576, 8192, 2048, False, "float16"),
+    ("V3.2, 32k keys", 4096, 128, 576, 32768, 2048, False, "bfloat16"),
+    ("64 heads, 32k keys", 4096, 64, 576, 32768, 2048, False, "bfloat16"),
+    ("V4, 64 heads, 8k keys", 4096, 64, 512, 8192, 512, True, "bfloat16"),
+    ("V4, 64 heads, 32k keys", 4096, 64, 512, 32768, 512, True, "bfloat16"),
+    ("V4, 128 heads, 32k keys", 4096, 128, 512, 32768, 1024, True, "bfloat16"),
 )
 # batch, queries, heads, row width, keys, indices a query, sinks, some indices invalid, number type
 CHECKS = (
@@ -45,10 +46,10 @@ def random_indices(rng, shape: tuple[int, ...], keys: int) -> np.ndarray:
     return np.argsort(rng.random((*lead, keys), np.float32), -1)[..., :count].astype(np.int32)
 
 
-def inputs(queries, heads, width, keys, count, with_sinks):
+def inputs(queries, heads, width, keys, count, with_sinks, dtype):
     rng = np.random.default_rng(0)
     normal = [
-        jax.random.normal(k, s, jnp.bfloat16)
+        jax.random.normal(k, s, dtype)
         for k, s in zip(
             jax.random.split(jax.random.key(0), 3),
             ((1, queries, heads, width), (1, keys, width), (1, queries, heads, V)),
@@ -223,8 +224,8 @@ def decode_times(records: measure.Records) -> None:
 
 
 def time_shape(shape, quick: bool, records: measure.Records) -> None:
-    name, queries, heads, width, keys, count, with_sinks = shape
-    q, kv, dout, indices, sinks = inputs(queries, heads, width, keys, count, with_sinks)
+    name, queries, heads, width, keys, count, with_sinks, dtype = shape
+    q, kv, dout, indices, sinks = inputs(queries, heads, width, keys, count, with_sinks, dtype)
 
     def attend(q, kv, indices, sinks):
         return sparse_attention(q, kv, indices, v_head_dim=V, scale=width**-0.5, sinks=sinks)
