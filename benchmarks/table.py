@@ -94,7 +94,7 @@ KERNELS = (
         ("forward, 256 groups, 1024 rows, 7168 to 2048, routed",),
     ),
     Row(
-        "top-k 2048 of 32768, 2048 rows",
+        "top-k 2048 of 32768, 2048 rows of one distribution",
         "topk",
         ("2048 of 32768, 2048 rows",),
         "{ms:.3f}",

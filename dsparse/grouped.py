@@ -153,10 +153,10 @@ class GroupSums(NamedTuple):
 
     @staticmethod
     def zeros(shapes: tuple[tuple[int, ...], ...], dtype) -> GroupSums:
-        if dtype == jnp.float32:
-            return GroupSums(tuple(jnp.zeros(shape, dtype) for shape in shapes), None)
-        sums = tuple(jnp.zeros(shape[1:], jnp.float32) for shape in shapes)
-        return GroupSums(tuple(jnp.zeros(shape, dtype) for shape in shapes), (jnp.int32(-1), sums))
+        totals = tuple(jnp.zeros(shape, dtype) for shape in shapes)
+        if jnp.dtype(dtype).itemsize > 2:
+            return GroupSums(totals, None)
+        return GroupSums(totals, (jnp.int32(-1), tuple(jnp.zeros(shape[1:], jnp.float32) for shape in shapes)))
 
     def add(self, group: Int[Array, " b"], products: tuple[Float[Array, "b _ _"], ...]) -> GroupSums:
         if self.newest is None:
@@ -195,12 +195,13 @@ def _experts_backward(limit, residuals, d_out):
 
     groups, width, inner = experts.down.shape
     shapes = (groups, 2 * inner, width), (groups, inner, width)
-    d_experts = GroupSums.zeros(shapes, experts.down.dtype) if trained else ()
+    widest = jnp.promote_types(experts.gate_up.dtype, experts.down.dtype)
+    d_experts = GroupSums.zeros(shapes, widest) if trained else ()
     start = jnp.zeros(x.shape, jnp.float32), jnp.zeros(weights.size, jnp.float32), d_experts
     d_x, d_weights, d_experts = jax.lax.fori_loop(0, turns.count, turn, start)
     if trained:
-        d_gate_up, d_down = d_experts.totals
-        d_experts = Experts(d_gate_up.reshape(experts.gate_up.shape), jnp.swapaxes(d_down, 1, 2))
+        d_gate_up, d_down = d_experts.totals[0].reshape(experts.gate_up.shape), jnp.swapaxes(d_experts.totals[1], 1, 2)
+        d_experts = Experts(d_gate_up.astype(experts.gate_up.dtype), d_down.astype(experts.down.dtype))
     return d_x.astype(x.dtype), d_weights.reshape(weights.shape).astype(weights.dtype), None, d_experts or None
 
 

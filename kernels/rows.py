@@ -3,6 +3,8 @@
 It is written in Mosaic's lane level dialect, so it has no interpret mode: a kernel that uses it takes another branch
 there. Rows of a tile are gathered with 16-byte `cp.async` straight into the swizzled layout wgmma reads. The
 copies report to hardware barriers of their own kind (an mbarrier that counts copies), which Pallas does not expose.
+Rows of an fp8 cache are converted in registers; two blocks that need the same ones convert half of them each, and send
+it to the other's shared memory with `cp.async.bulk`.
 """
 
 import dataclasses
@@ -197,6 +199,7 @@ def gather(
     list_length = indices.shape[1]
     first_item, stride, end = items
     quantized = kv.dtype == jnp.uint8
+    assert quantized or not paired
     row_bytes = width if quantized else 2 * width
     swizzled = plgpu.RefType(mosaic.swizzled(jnp.bfloat16))
     plain = plgpu.RefType()

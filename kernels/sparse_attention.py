@@ -2,8 +2,8 @@
 
 One head of keys and values serves all query heads (MLA in its absorbed form, V4's shared-KV attention): a key is a
 whole row of `kv`, its value the row's first `v_head_dim` columns. Limits, beyond which NotImplementedError says why:
-bfloat16 or float16, `v_head_dim` up to 512, rows up to 576. Any number of heads (they are padded to 64), of queries, of indices.
-The kernels know rows of 512 and 576 with values of 512: narrower ones get columns of zeros, at the full cost.
+bfloat16 or float16, `v_head_dim` up to 512, rows up to 576. Any number of heads (they are padded to 64), of queries, of
+indices. The kernels know rows of 512 and 576 with values of 512: narrower ones get columns of zeros, at the full cost.
 """
 
 import functools

@@ -75,11 +75,12 @@ _FOR_FEW_ROWS = {"widths": (16, 32, 64), "boxes": (16, 32, 64), "stages": 8, "cl
 def grouped(kind: str, rows: int, groups: int) -> RowTiling:
     """Of so many rows in so many groups. Decoding has few: low tiles leave memory for more loads on their way.
 
-    256 experts, 4 rows each: bf16 2860 instead of 2660 GB/s of weights, fp8 2830 instead of 2580; 32 rows each, where
-    some groups have more than 64: 2700 and 2680; 64 each: 1720 and 2580.
+    GB/s of weights read by 256 experts, low tiles and high ones: 4 rows each, bf16 2860 and 2660, fp8 2830 and 2580; 16
+    each, 2817 and 2711, 2755 and 2644; 32 each, where some groups are higher than a tile, 2700 and 2682, 2624 and 2601.
+    Rows that belong to no group count too: experts spread over devices get low tiles only with fewer rows still.
     """
     tiling = GROUPED[kind]
-    if rows > FEW_ROWS * groups or kind == "int8":
+    if rows > FEW_ROWS * groups or kind == "int8":  # int8's three warpgroups take multiples of 48 rows
         return tiling
     return dataclasses.replace(tiling, **_FOR_FEW_ROWS, scale_boxes=((0, 64),) if tiling.scale_boxes else ())
 

@@ -3,8 +3,8 @@
 A block holds one row in registers as order-preserving unsigned keys (the next row is loaded meanwhile) and bisects for
 the k-th largest key by counting. Once few keys are left between the bounds they move to shared memory, where counting
 is cheap. Then every warp writes its chosen positions behind those of the warps before it, so that indices come out in
-rising order, and ties at the threshold are taken from the left. The next row is first searched near this one's
-threshold: neighbours are often alike, and where they are not, one look is lost.
+rising order, and ties at the threshold are taken from the left. A block's next row is first searched near this one's
+threshold: rows are often alike, and where they are not, two counts are lost.
 
 Rows longer than a block holds are cut into pieces; a second pass over the pieces' top k (in rising order, so ties keep
 their order) gives the answer.

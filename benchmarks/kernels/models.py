@@ -4,10 +4,9 @@ For each checkpoint, against the same model in float32 on plain XLA: relative no
 through a cache: a first chunk, a second one, then token by token) and of the loss's gradient, how often the most likely
 token is the same, and how long greedy continuations are. Each stands beside what the bfloat16 model makes of it on plain
 XLA: the kernels may not be worse than bfloat16 is. The same kernels in float16, whose numbers have three bits more, must
-come nearer to float32. Where a continuation differs from float32's, the margin by which
-float32 preferred its token stands beside the error of the logits there, computed as they were for that token: token by
-token, since an expert whose score is nearly a tie may be chosen so and not in a whole pass. Says which implementation
-served each op.
+come nearer to float32. Where a continuation differs from float32's, the margin by which float32 preferred its token
+stands beside the error of the logits there, computed as they were for that token: token by token, since an expert whose
+score is nearly a tie may be chosen so and not in a whole pass. Says which implementation served each op.
 
 --fp8: a copy of each checkpoint with experts in FP8 blocks, against float32 with the same dequantized weights.
 --meshes: the kernels on several GPUs instead of plain XLA: they may not be worse than on one.

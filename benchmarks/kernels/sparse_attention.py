@@ -196,7 +196,7 @@ def check_decode(seed: int) -> bool:
             out_k, lse_k = decode(q, cache, indices, sinks)
             errors = measure.relative_error(out_k, out), measure.relative_error(lse_k, lse)
             # Blocks that exchange converted rows would err at random: the same rows in 16 bits give the same bits.
-            same = all(
+            same = cache.dtype != jnp.uint8 or all(
                 bool((a == b).all())
                 for _ in range(10)
                 for a, b in zip(decode(q, cache, indices, sinks), decode(q, rows, indices, sinks), strict=True)
