@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from h100 import compile_for_h100
 
 from dsparse import reference
 from dsparse.kernels import mosaic
 from dsparse.kernels import sparse_attention_forward as forward_kernel
 from dsparse.kernels.sparse_attention import sparse_attention
 from dsparse.kernels.sparse_attention_decode import pack_cache, sparse_attention_decode, unpack_cache
-from tests.kernels.h100 import compile_for_h100
 
 # batch, queries, heads, row width, keys, indices a query, sinks
 SHAPES = {
