@@ -181,10 +181,38 @@ MESHES = tuple(
     )
     for model in ("v32", "v4", "demo")
     for case, what in (("logits", "logits"), ("gradient", "gradient of the loss"))
+) + tuple(
+    Row(
+        f"`{model}`, data=2 / tensor=2 / expert=2: of 8 greedy continuations, those equal to one GPU's",
+        "models",
+        tuple(f"{model}: greedy text, {axis}=2" for axis in ("data", "tensor", "expert")),
+        "{whole}",
+        "",
+    )
+    for model in ("v32", "v4", "demo")
+)
+TEXTS = tuple(
+    Row(
+        label,
+        "models",
+        tuple(f"{model}: {case}" for case in cases),
+        "{whole}",
+        "",
+        "{whole_beside}",
+        (f"{model}: greedy text",),
+    )
+    for label, model, cases in (
+        *((f"`{model}`", model, ("greedy text", "greedy text in float16")) for model in ("v3", "v32", "v4")),
+        ("demo, experts in FP8, bf16 alone", "demo in FP8", ("greedy text",)),
+    )
 )
 TABLES = {
     "kernels": ("| kernel | measured | beside |", KERNELS),
     "models": ("| checkpoint, error to float32 | kernels | plain XLA in bf16 |", MODELS),
+    "texts": (
+        "| of 8 greedy continuations of 24 tokens, those equal to float32's | kernels in bf16 / fp16 | XLA in bf16 |",
+        TEXTS,
+    ),
     "meshes": ("| checkpoint on two GPUs, error to float32 | kernels on the mesh | kernels on one GPU |", MESHES),
 }
 
@@ -195,6 +223,9 @@ def records() -> dict[tuple[str, str], Record]:
     for file in sorted(RESULTS.glob("*.jsonl")):
         for line in file.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
+            for name in ("", "_beside"):
+                if f"same{name}" in record:  # tokens of each continuation before one differs
+                    record[f"whole{name}"] = json.loads(record[f"same{name}"]).count(record["of"])
             found[record["benchmark"], record["case"]] = record
     return found
 

@@ -179,10 +179,6 @@ def _reduce(value: U32, kind) -> U32:
     return U32(nvvm.redux_sync(value.value, kind, U32(0xFFFFFFFF).value))
 
 
-def warp_barrier() -> None:
-    nvvm.bar_warp_sync(U32(0xFFFFFFFF).value)
-
-
 def block_barrier() -> None:
     gpu.barrier()
 

@@ -36,7 +36,7 @@ LISTED = THREADS * LISTED_PER_THREAD  # keys that move to shared memory
 MOST_SELECTED = 4096
 LARGEST_KEY = 0xFFFFFFFE
 WIDTH_OF_TIES = 1 << 20  # bounds so near with many keys between: these are looked at once
-NEAR = 256
+NEAR = 256  # keys to either side of a threshold within which the next row's is looked for first
 # Places in shared memory behind two turns of the warps' sums.
 COUNTER, GUESS_LOW, GUESS_HIGH = range(2 * WARPS, 2 * WARPS + 3)
 
@@ -389,7 +389,6 @@ def _emit(keys, above: U32, ties: U32, offset: U32, shared: _Shared, targets, lo
     def before(counts):
         return _total([(shared.warp > w).select(count, 0) for w, count in enumerate(counts)])
 
-    total = _total(larger_counts) + _total(equal_counts).minimum(ties)
     equal_seen = before(equal_counts)
     at = before(larger_counts) + equal_seen.minimum(ties)
     first = shared.warp * (32 * len(keys)) + shared.lane
@@ -409,8 +408,6 @@ def _emit(keys, above: U32, ties: U32, offset: U32, shared: _Shared, targets, lo
         end, bound = at, simt.unknown(above)  # comparing again takes fewer registers than remembering
         for j, key in enumerate(keys):
             end = store(j, key > bound, end)
-            if j % 16 == 15:
-                simt.warp_barrier()  # or all ballots come first, and spill
     with simt.when(ties > 0):
         end, bound = at, simt.unknown(above)
         for j, key in enumerate(keys):
@@ -418,6 +415,7 @@ def _emit(keys, above: U32, ties: U32, offset: U32, shared: _Shared, targets, lo
             first_ties = equal_seen + simt.bits(equal_lanes & lower_lanes) < ties
             end = store(j, (key > bound) | (key.equals(bound) & first_ties), end)
             equal_seen = equal_seen + simt.bits(equal_lanes)
+    total = _total(larger_counts) + _total(equal_counts).minimum(ties)
     for j in range(mosaic.cdiv(k, THREADS)):
         slot = shared.thread + THREADS * j
         with simt.when((slot >= total) & (slot < k)):

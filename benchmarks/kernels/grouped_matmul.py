@@ -97,8 +97,8 @@ def check(chosen: list[int]) -> None:
             d_w = got[2]
             exact = not out[rows - tail :].any() and not d_w[np.flatnonzero(sizes == 0)].any()
             ok = exact and all(e < (6e-3 if dtype == jnp.bfloat16 else 1e-3) for e in errors)
-            shape = f"{groups}x{rows}x{depth}x{width}"
-            print(f"check {name} {shape} {kind} {tail} {x.dtype.name}:", *(f"{e:.1e}" for e in errors), ok)
+            label = f"{name} {groups}x{rows}x{depth}x{width} {kind} {tail} {x.dtype.name}"
+            print(f"check {label}:", *(f"{e:.1e}" for e in errors), ok)
             assert ok
     for case, shape in enumerate([(8, 1000, 512, 256), (64, 4103, 256, 384), (128, 700, 512, 256)], start=len(cases)):
         if not chosen or case in chosen:

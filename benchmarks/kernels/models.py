@@ -199,21 +199,22 @@ class Checks:
     def on_one_gpu(self) -> None:
         variants = (FLOAT32, PLAIN, KERNELS)
         slopes = {} if self.fp8 else self.start_all(variants, gradient, self.tokens)  # 8-bit weights have none
-        variants_of_text = variants if self.fp8 else (*variants, FLOAT16)
-        text = self.start_all(variants_of_text, greedy, self.prompts)
+        nearer = () if self.fp8 else (FLOAT16,)
+        text = self.start_all((*variants, *nearer), greedy, self.prompts)
         cached = self.start_all((KERNELS,), functools.partial(cached_logits, cuts=PIECES), self.tokens)
-        whole = self.start_all(variants_of_text, logits, self.tokens)
-        expected, plain, ours, *half = (self.result(v, whole) for v in variants_of_text)
+        whole = self.start_all((*variants, *nearer), logits, self.tokens)
+        expected, plain, ours = (self.result(v, whole) for v in variants)
         best = expected.argmax(-1)
         agreeing = {n: float((x.argmax(-1) == best).mean()) for n, x in (("", ours), ("_beside", plain))}
         self.compare("logits", expected, plain, ours, **{f"best_token{n}": share for n, share in agreeing.items()})
-        for nearer in half:
-            share = float((nearer.argmax(-1) == best).mean())
-            self.compare("logits in float16", expected, plain, nearer, NEARER, best_token=share)
+        for variant in nearer:
+            in_float16 = self.result(variant, whole)
+            share = float((in_float16.argmax(-1) == best).mean())
+            self.compare("logits in float16", expected, plain, in_float16, NEARER, best_token=share)
         first = [x[:, : PIECES[-1]] for x in (expected, plain)]
         self.compare("logits through the cache", *first, self.result(KERNELS, cached))
-        cases = {"greedy text": KERNELS} | ({} if self.fp8 else {"greedy text in float16": FLOAT16})
-        self.texts(cases, {v: self.result(v, text) for v in variants_of_text}, FLOAT32)
+        cases = dict(zip(("greedy text", "greedy text in float16"), (KERNELS, *nearer), strict=False))
+        self.texts(cases, {v: self.result(v, text) for v in (*variants, *nearer)}, FLOAT32)
         if slopes:
             self.compare("gradient", *(self.result(v, slopes) for v in variants))
         served = [f"{op} {name}" + (f" ({why})" if why else "") for (op, name), why in self.served.items()]

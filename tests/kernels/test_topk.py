@@ -15,16 +15,22 @@ def shape(*dims, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize(
-    ("rows", "width", "k", "passes"),
-    [(2048, 32768, 2048, 1), (7, 5000, 512, 1), (512, 131072, 4096, 2), (3, 33000, 513, 2), (1, 1, 1, 1)],
+    ("rows", "width", "k", "passes", "most_spilled"),
+    [
+        # Writing rows without ties by themselves spills 92 bytes more, once a row: 0.228 instead of 0.251 ms.
+        (2048, 32768, 2048, 1, 136),
+        (7, 5000, 512, 1, 64),
+        (512, 131072, 4096, 2, 64),
+        (3, 33000, 513, 2, 64),
+        (1, 1, 1, 1, 64),
+    ],
 )
-def test_compiles(rows, width, k, passes):
+def test_compiles(rows, width, k, passes, most_spilled):
     kernels = h100.compile_for_h100(
         lambda scores, lengths: topk(scores, k, lengths), shape(rows, width), shape(rows, dtype=jnp.int32)
     )
     assert len(kernels) == passes
-    # Writing rows without ties by themselves spills once a row, and takes 0.228 instead of 0.251 ms (2048 of 32768).
-    assert all(kernel.spill_bytes <= 128 for kernel in kernels), kernels
+    assert all(kernel.spill_bytes <= most_spilled for kernel in kernels), kernels
 
 
 @pytest.mark.parametrize(
